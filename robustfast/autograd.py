@@ -1,0 +1,77 @@
+"""Autograd Functions over the registered ops: one set for every backend, since the ops have one signature each.
+
+All are once differentiable; the reference is there for more.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from robustfast.backends import ops
+
+
+class DiscriminativeLossFunction(torch.autograd.Function):
+    """(loss, terms): the scalar, and (variance, margin, regularization, compactness, alignment) without gradient."""
+
+    @staticmethod
+    def forward(ctx, backend, input, input_noise, target, weight, bias, centroids, seen, *settings):
+        loss, terms, *saved = ops(backend).discriminative_loss(
+            input, input_noise, target, weight, bias, centroids, seen, *settings
+        )
+        ctx.save_for_backward(input, input_noise, weight, bias, *saved)
+        ctx.backend, ctx.norm = backend, settings[2]
+        ctx.mark_non_differentiable(terms)
+        return loss, terms
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss, _):
+        _, input, noise, _, weight, bias, *_ = needs = ctx.needs_input_grad
+        wanted = [input, noise, weight, bias]
+        grads = ops(ctx.backend).discriminative_loss_backward(grad_loss, *ctx.saved_tensors, ctx.norm, wanted)
+        d_input, d_noise, d_weight, d_bias = (grad if want else None for grad, want in zip(grads, wanted, strict=True))
+        return None, d_input, d_noise, None, d_weight, d_bias, *(None,) * (len(needs) - 6)
+
+
+class NoiseFunction(torch.autograd.Function):
+    """clip(input + scale * noise); ``op`` names the distribution's op."""
+
+    @staticmethod
+    def forward(ctx, backend, op, input, *settings):
+        ctx.backend, ctx.op = backend, op
+        scale, seed, sample_ids, *ctx.rest = settings
+        ctx.scale = scale
+        ctx.save_for_backward(input, seed, sample_ids)
+        return getattr(ops(backend), op)(input, *settings)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        input, seed, sample_ids = ctx.saved_tensors
+        backward = getattr(ops(ctx.backend), ctx.op + "_backward")
+        return None, None, backward(grad, input, ctx.scale, seed, sample_ids, *ctx.rest), *(None,) * 6
+
+
+class NoisyPairFunction(torch.autograd.Function):
+    """(clean, noisy), both normalised."""
+
+    @staticmethod
+    def forward(ctx, backend, images, std, mean, pixel_std, seed, sample_ids, draw, low, high, dtype):
+        ctx.backend, ctx.std, ctx.rest = backend, std, (draw, low, high)
+        ctx.save_for_backward(images, pixel_std, seed, sample_ids)
+        clean, noisy = ops(backend).noisy_pair(
+            images, std, mean, pixel_std, seed, sample_ids, draw, low, high, dtype
+        )
+        if not images.is_floating_point():
+            ctx.mark_non_differentiable(clean, noisy)
+        return clean, noisy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_clean, grad_noisy):
+        images, pixel_std, seed, sample_ids = ctx.saved_tensors
+        grad = ops(ctx.backend).noisy_pair_backward(
+            grad_clean, grad_noisy, images, ctx.std, pixel_std, seed, sample_ids, *ctx.rest
+        )
+        return None, grad, *(None,) * 9

@@ -1,0 +1,99 @@
+"""Which implementations of the ops there are, which of them can run here, and which one an input takes."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import cache
+from types import SimpleNamespace
+
+import torch
+
+try:
+    from robustfast import _C
+
+    _no_extension = None
+except ImportError as error:
+    _C = None
+    _no_extension = f"the compiled extension robustfast._C cannot be imported: {error}"
+
+# An op of a backend: OP_NAMES of the library that its ops are registered in.
+OP_NAMES = (
+    "discriminative_loss",
+    "discriminative_loss_backward",
+    "gaussian_noise",
+    "gaussian_noise_backward",
+    "uniform_noise",
+    "uniform_noise_backward",
+    "noisy_pair",
+    "noisy_pair_backward",
+    "philox_words",
+)
+LIBRARIES = {"cuda": "robustfast", "triton": "robustfast_triton", "cpu": "robustfast"}
+# What "auto" tries on a device type, fastest first.
+AUTO = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
+
+
+def backends() -> dict[str, str | None]:
+    """The backends "cuda", "triton", "cpu" and "reference": None where one is usable here, else the reason why not."""
+    return {name: why_not(name) for name in (*LIBRARIES, "reference")}
+
+
+@cache
+def why_not(name: str) -> str | None:
+    """None if the backend can run on this machine, else what is missing and what to do."""
+    if name == "reference":
+        return None
+    if name == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed: pip install triton"
+        if not torch.cuda.is_available() and not _interpreting():
+            return "no GPU is visible to PyTorch (TRITON_INTERPRET=1 runs the kernels slowly on the CPU)"
+        return None
+    if _no_extension is not None:
+        return f"{_no_extension}; build it with: pip install --no-build-isolation ."
+    if name == "cuda":
+        if not _C.build_info()["cuda_architectures"]:
+            return "the extension was built without CUDA; build it again with ROBUSTFAST_BUILD_CUDA=1"
+        if not torch.cuda.is_available():
+            return "no GPU is visible to PyTorch"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def resolve(backend: str, device_type: str, op: str) -> str:
+    """The backend that runs ``op`` on tensors of this device type.
+
+    Raises:
+        ValueError: there is no backend of that name.
+        RuntimeError: the backend asked for by name cannot run here, or not on this device.
+    """
+    if backend == "auto":
+        usable = (name for name in AUTO.get(device_type, ()) if why_not(name) is None)
+        return next(usable, "reference")
+    if backend != "reference" and backend not in LIBRARIES:
+        raise ValueError(f"backend: expected auto, {', '.join((*LIBRARIES, 'reference'))}, got {backend!r}")
+    reason = why_not(backend)
+    if reason is None and backend != "reference" and device_type != home(backend):
+        reason = f"it runs on {home(backend)} tensors, got {device_type} tensors"
+    if reason is not None:
+        raise RuntimeError(f"backend={backend!r} cannot run {op}: {reason}")
+    return backend
+
+
+def home(backend: str) -> str:
+    """The device type that a backend's tensors are on; "cpu" for those that take any."""
+    return "cuda" if backend == "cuda" or (backend == "triton" and not _interpreting()) else "cpu"
+
+
+@cache
+def ops(backend: str) -> SimpleNamespace:
+    """The registered ops of a backend, by name."""
+    if backend == "triton":
+        import robustfast.triton_ops  # noqa: F401  registers its library, and only now imports triton
+    library = getattr(torch.ops, LIBRARIES[backend])
+    return SimpleNamespace(**{name: getattr(library, name).default for name in OP_NAMES})
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"

@@ -1,0 +1,143 @@
+"""Argument checks, made once, in front of every backend: each error names the argument, what came and what was due."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LABELS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def state_dtype(input: Tensor) -> torch.dtype:
+    """The dtype of statistics and state: float64 for float64 features, float32 for all others."""
+    return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
+def discriminative_loss(input, input_noise, target, weight, bias, centroids, seen) -> None:
+    _dtype("input", input, FLOATING)
+    if input.dim() != 2:
+        raise ValueError(f"input: expected shape (N, D), got {tuple(input.shape)}")
+    n, dim = input.shape
+    if input_noise is not None:
+        _dtype("input_noise", input_noise, (input.dtype,))
+        _shape("input_noise", input_noise, (n, dim), input)
+    _dtype("target", target, LABELS)
+    _shape("target", target, (n,), input)
+    _dtype("weight", weight, FLOATING)
+    if weight.dim() != 2 or weight.shape[0] < 2:
+        raise ValueError(f"weight: expected shape (K, D) with at least 2 classes, got {tuple(weight.shape)}")
+    classes = weight.shape[0]
+    _shape("weight", weight, (classes, dim), input)
+    if bias is not None:
+        _dtype("bias", bias, (weight.dtype,))
+        _shape("bias", bias, (classes,), input)
+    _dtype("centroids", centroids, (state_dtype(input),))
+    _shape("centroids", centroids, (classes, dim), input)
+    _dtype("seen", seen, (torch.bool,))
+    _shape("seen", seen, (classes,), input)
+    if not (centroids.is_contiguous() and seen.is_contiguous()):
+        raise ValueError("centroids, seen: expected contiguous tensors, which the step can write to")
+
+
+def loss_settings(delta_var, delta_dist, norm, alpha, beta, gamma, momentum) -> None:
+    if norm not in (1, 2):
+        raise ValueError(f"norm: expected 1 or 2, got {norm!r}")
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"momentum: expected a number from 0 to 1, got {momentum!r}")
+    for name, value in (("delta_var", delta_var), ("delta_dist", delta_dist), ("alpha", alpha), ("beta", beta),
+                        ("gamma", gamma)):
+        if not math.isfinite(value):
+            raise ValueError(f"{name}: expected a finite number, got {value!r}")
+
+
+def labels(target: Tensor, num_classes: int, ignore_index: int) -> None:
+    """IndexError for a label out of range on the CPU, a device assertion (as in F.cross_entropy) elsewhere."""
+    wrong = (target != ignore_index) & ((target < 0) | (target >= num_classes))
+    if target.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(~wrong.any(), f"target: a label is outside 0..{num_classes - 1}")
+    elif wrong.any():
+        position = int(wrong.nonzero()[0])
+        raise IndexError(
+            f"target: label {int(target[position])} at position {position} is outside 0..{num_classes - 1}"
+            f" and is not ignore_index ({ignore_index})"
+        )
+
+
+def noise(input: Tensor, name: str, scale: float, sample_ids: Tensor | None, draw: int,
+          clip: tuple[float, float] | None) -> tuple[float, float]:
+    """Check what the noise ops share; returns clip as two numbers, infinite where there is no bound."""
+    if input.dim() < 1:
+        raise ValueError("input: expected a batch, with samples along dimension 0, got a 0-d tensor")
+    if not (isinstance(scale, (int, float)) and math.isfinite(scale) and scale >= 0):
+        raise ValueError(f"{name}: expected a finite number >= 0, got {scale!r}")
+    if not 0 <= draw < 2**32:
+        raise ValueError(f"draw: expected 0 <= draw < 2**32, got {draw!r}")
+    if sample_ids is not None:
+        _dtype("sample_ids", sample_ids, (torch.int64,))
+        _shape("sample_ids", sample_ids, (input.shape[0],), input)
+        if _readable(sample_ids) and (sample_ids < 0).any():
+            raise ValueError(f"sample_ids: expected ids >= 0, got {int(sample_ids.min())}")
+    if clip is None:
+        return -math.inf, math.inf
+    if len(clip) != 2 or not clip[0] <= clip[1]:
+        raise ValueError(f"clip: expected None or (low, high) with low <= high, got {clip!r}")
+    return float(clip[0]), float(clip[1])
+
+
+def seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    """The seed as a 0-d int64 tensor on the device, drawn from PyTorch's generator there if it is None."""
+    if seed is None:
+        return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
+    if isinstance(seed, Tensor):
+        _dtype("seed", seed, (torch.int64,))
+        if seed.dim() != 0 or seed.device != device:
+            raise ValueError(f"seed: expected a 0-d tensor on {device}, got {tuple(seed.shape)} on {seed.device}")
+        if _readable(seed) and seed < 0:
+            raise ValueError(f"seed: expected 0 <= seed < 2**63, got {int(seed)}")
+        return seed
+    if not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed: expected an int, 0 <= seed < 2**63, got {seed!r}")
+    # A fill runs on the device: unlike torch.tensor it copies nothing to it, so it can stand in a CUDA graph.
+    return torch.full((), seed, dtype=torch.int64, device=device)
+
+
+def channels(name: str, values: Tensor | Sequence[float], images: Tensor) -> Tensor:
+    """One float32 per channel on the images' device; a sequence is copied there once and remembered."""
+    if not isinstance(values, Tensor):
+        values = _channels_on(tuple(float(value) for value in values), images.device)
+    _shape(name, values, (images.shape[1],), images)
+    return values.float()
+
+
+_channel_cache: dict[tuple[tuple[float, ...], torch.device], Tensor] = {}
+
+
+def _channels_on(values: tuple[float, ...], device: torch.device) -> Tensor:
+    if torch.compiler.is_compiling() or device.type == "cpu":
+        return torch.tensor(values, device=device)
+    if (values, device) not in _channel_cache:
+        _channel_cache[values, device] = torch.tensor(values, device=device)
+    return _channel_cache[values, device]
+
+
+def _readable(tensor: Tensor) -> bool:
+    """Whether looking at the values costs nothing: on a GPU it would wait for the device."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _dtype(name: str, tensor: Tensor, expected: tuple[torch.dtype, ...]) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in expected:
+        raise TypeError(f"{name}: expected {' or '.join(map(str, expected))}, got {tensor.dtype}")
+
+
+def _shape(name: str, tensor: Tensor, expected: tuple[int, ...], like: Tensor) -> None:
+    if tensor.shape != expected:
+        raise ValueError(f"{name}: expected shape {tuple(expected)}, got {tuple(tensor.shape)}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name}: expected a tensor on {like.device}, got one on {tensor.device}")

@@ -1,0 +1,209 @@
+"""The losses and the noise as functions: arguments are checked, a backend is chosen, gradients are recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from robustfast import autograd, backends, checks, reference
+from robustfast.reference import Terms
+
+__all__ = ["Terms", "discriminative_loss", "gaussian_noise", "noisy_pair", "philox_words", "uniform_noise"]
+
+
+def discriminative_loss(
+    input: Tensor,
+    input_noise: Tensor | None,
+    target: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    centroids: Tensor,
+    seen: Tensor,
+    *,
+    delta_var: float = 0.5,
+    delta_dist: float = 3.0,
+    norm: int = 2,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    gamma: float = 0.001,
+    momentum: float = 0.99,
+    update_state: bool = True,
+    ignore_index: int = -100,
+    backend: str = "auto",
+) -> Terms:
+    """alpha * variance + beta * margin + gamma * regularization of arXiv 2405.18499.
+
+    Features gather about their class's momentum centroid m_c within ``delta_var`` (variance: compactness of the clean
+    features, alignment of the noisy ones), batch centroids stay ``delta_dist`` away from the classifier's boundaries
+    (margin), and centroids stay small (regularization)::
+
+        mu_c           = (1/n_c) sum_{y_i=c} f_i
+        m_c            = mu_c if c was never seen, else (1 - momentum) mu_c + momentum centroids_c
+        compactness    = (1/P) sum_c (1/n_c) sum_{y_i=c} max(||f_i - m_c||_p - delta_var, 0)^2
+        alignment      = the same with the noisy features g_i, about the clean centroids
+        variance       = (compactness + alignment) / 2, or compactness where there is no noisy view
+        margin         = (1/P) sum_c max_{i != c} max(delta_dist + ((W_i - W_c) . mu_c + b_i - b_c) / ||W_i - W_c||_2, 0)
+        regularization = (1/P) sum_c ||m_c||_p
+
+    Sums run over the P classes present, i over all K classes; a pair with W_i = W_c has no boundary and is left out.
+
+    Args:
+        input: clean penultimate features f (N, D), float32, float64, bfloat16 or float16.
+        input_noise: features g (N, D) of the noisy views in the same dtype, or None.
+        target: labels (N,), int64, int32, int16, int8 or uint8.
+        weight, bias: the classifier W (K, D) and b (K,) or None, of any floating dtype.
+        centroids, seen: the state (K, D) and (K,) bool; float64 for float64 features, else float32. Changed in place
+            for the classes of the batch if ``update_state`` holds and gradients are enabled, except rows that would
+            become inf or nan.
+        norm: p, 1 or 2.
+        ignore_index: samples with this label count nowhere.
+        backend: "auto", or one of :func:`robustfast.backends`.
+
+    Returns:
+        Terms: 0-d tensors in the state's dtype; only ``loss`` carries gradient, to input, input_noise, weight, bias.
+        The kernels' loss is once differentiable, the reference's any number of times.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong dtype, shape, device or value.
+        IndexError: a label is out of range (CPU; a device assertion on a GPU).
+        RuntimeError: the backend asked for is not usable here.
+    """
+    checks.discriminative_loss(input, input_noise, target, weight, bias, centroids, seen)
+    checks.loss_settings(delta_var, delta_dist, norm, alpha, beta, gamma, momentum)
+    chosen = backends.resolve(backend, input.device.type, "discriminative_loss")
+    tensors = (input, input_noise, target, weight, bias, centroids, seen)
+    if chosen == "reference":
+        checks.labels(target, weight.shape[0], ignore_index)
+        return reference.discriminative_loss(
+            *tensors, delta_var=delta_var, delta_dist=delta_dist, norm=norm, alpha=alpha, beta=beta, gamma=gamma,
+            momentum=momentum, update_state=update_state, ignore_index=ignore_index,
+        )
+    loss, terms = autograd.DiscriminativeLossFunction.apply(
+        chosen, *tensors, delta_var, delta_dist, norm, alpha, beta, gamma, momentum,
+        update_state and torch.is_grad_enabled(), ignore_index,
+    )
+    return Terms(loss, *terms.unbind())
+
+
+def gaussian_noise(
+    input: Tensor,
+    std: float,
+    *,
+    seed: int | Tensor | None = None,
+    sample_ids: Tensor | None = None,
+    draw: int = 0,
+    clip: tuple[float, float] | None = (0.0, 1.0),
+    backend: str = "auto",
+) -> Tensor:
+    """clip(input + std * eps), eps ~ N(0, 1), where eps depends on (seed, sample id, draw, position) alone.
+
+    The same numbers come whatever the batch, its split over processes, the backend, the memory format and the dtype.
+    Words are Philox4x32-10's (key: seed; counter: element // 4, sample id, draw), normals Box-Muller's of them.
+
+    Args:
+        input: (N, ...) floating, in any memory format; the noise of a sample is laid out in row-major order.
+        std: standard deviation >= 0, in units of input.
+        seed: an int in 0..2**63-1, a 0-d int64 tensor on input's device, or None: drawn from PyTorch's generator.
+        sample_ids: int64 (N,) >= 0, the identity of each sample in its data set; default 0..N-1.
+        draw: which of the sample's draws, 0 <= draw < 2**32 (an epoch, or a repeat in certification).
+        clip: (low, high), or None for no clipping.
+
+    Returns:
+        Like input. Its gradient is that of input where clip did not act; the noise is generated again, not stored.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong dtype, shape, device or range.
+    """
+    return _noise("gaussian_noise", "std", input, std, seed, sample_ids, draw, clip, backend)
+
+
+def uniform_noise(
+    input: Tensor,
+    epsilon: float,
+    *,
+    seed: int | Tensor | None = None,
+    sample_ids: Tensor | None = None,
+    draw: int = 0,
+    clip: tuple[float, float] | None = (0.0, 1.0),
+    backend: str = "auto",
+) -> Tensor:
+    """clip(input + u), u uniform on [-epsilon, epsilon]; arguments and guarantees as in :func:`gaussian_noise`."""
+    return _noise("uniform_noise", "epsilon", input, epsilon, seed, sample_ids, draw, clip, backend)
+
+
+def _noise(op, scale_name, input, scale, seed, sample_ids, draw, clip, backend) -> Tensor:
+    checks._dtype("input", input, checks.FLOATING)
+    low, high = checks.noise(input, scale_name, scale, sample_ids, draw, clip)
+    seed = checks.seed(seed, input.device)
+    chosen = backends.resolve(backend, input.device.type, op)
+    if chosen == "reference":
+        return getattr(reference, op)(input, scale, seed=seed, sample_ids=sample_ids, draw=draw, clip=clip)
+    return autograd.NoiseFunction.apply(chosen, op, input, float(scale), seed, sample_ids, draw, low, high)
+
+
+def noisy_pair(
+    images: Tensor,
+    std: float,
+    *,
+    mean: Sequence[float] | Tensor,
+    pixel_std: Sequence[float] | Tensor,
+    seed: int | Tensor | None = None,
+    sample_ids: Tensor | None = None,
+    draw: int = 0,
+    clip: tuple[float, float] | None = (0.0, 1.0),
+    dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The clean and the noisy view of a batch, both normalised, in one read of the images::
+
+        clean = (x - mean) / pixel_std
+        noisy = (clip(x + std * eps) - mean) / pixel_std
+
+    Args:
+        images: (N, C, H, W), contiguous or channels-last: uint8, taken as x / 255, or floating in [0, 1].
+        std: standard deviation >= 0 of the noise, for x in [0, 1].
+        mean, pixel_std: one number per channel, as a sequence or as a tensor on the images' device.
+        seed, sample_ids, draw, clip: as in :func:`gaussian_noise`, with the same noise.
+        dtype: floating dtype of the views.
+
+    Returns:
+        (clean, noisy), each (N, C, H, W) in the images' memory format; floating images get gradients from both.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong dtype, shape, device or range.
+    """
+    checks._dtype("images", images, (torch.uint8, *checks.FLOATING))
+    if images.dim() != 4:
+        raise ValueError(f"images: expected shape (N, C, H, W), got {tuple(images.shape)}")
+    if dtype not in checks.FLOATING:
+        raise TypeError(f"dtype: expected {' or '.join(map(str, checks.FLOATING))}, got {dtype}")
+    low, high = checks.noise(images, "std", std, sample_ids, draw, clip)
+    mean, pixel_std = checks.channels("mean", mean, images), checks.channels("pixel_std", pixel_std, images)
+    seed = checks.seed(seed, images.device)
+    chosen = backends.resolve(backend, images.device.type, "noisy_pair")
+    if chosen == "reference":
+        return reference.noisy_pair(images, std, mean=mean, pixel_std=pixel_std, seed=seed, sample_ids=sample_ids,
+                                    draw=draw, clip=clip, dtype=dtype)
+    return autograd.NoisyPairFunction.apply(
+        chosen, images, float(std), mean, pixel_std, seed, sample_ids, draw, low, high, dtype
+    )
+
+
+def philox_words(seed: int | Tensor, sample_id: int, draw: int, quads: int, backend: str = "auto") -> Tensor:
+    """The words of the noise: int64 (quads, 4), Philox4x32-10 of key ``seed`` and counters (q, sample_id, draw).
+
+    A seed that is an int gives words on the CPU, or on the GPU if the backend asked for runs only there.
+    """
+    if not (0 <= sample_id < 2**63 and 0 <= draw < 2**32 and 0 <= quads < 2**32):
+        raise ValueError(
+            f"sample_id, draw, quads: expected 0 <= sample_id < 2**63, 0 <= draw < 2**32, 0 <= quads < 2**32, "
+            f"got {sample_id}, {draw}, {quads}"
+        )
+    device = seed.device if isinstance(seed, Tensor) else torch.device(backends.home(backend))
+    seed = checks.seed(seed, device)
+    chosen = backends.resolve(backend, device.type, "philox_words")
+    if chosen == "reference":
+        return reference.philox_words(seed, torch.tensor([sample_id], device=device), draw, quads)[0]
+    return backends.ops(chosen).philox_words(seed, sample_id, draw, quads)

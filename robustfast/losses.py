@@ -1,0 +1,119 @@
+"""The loss as a module: a drop-in replacement of the published one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robustfast import checks, distributed, functional
+from robustfast.reference import Terms
+
+
+class DiscriminativeLoss(nn.Module):
+    """Discriminative loss on penultimate features with noisy-to-clean alignment, arXiv 2405.18499.
+
+    Holds one momentum centroid per class (buffers ``centroids`` (num_classes, dim) and ``seen`` (num_classes,)), which
+    move in training mode with gradients enabled. ``centroids`` is float32, float64 after ``.double()``, and stays
+    float32 under ``.half()`` and ``.bfloat16()``. The equations stand in
+    :func:`robustfast.functional.discriminative_loss`.
+
+    Args:
+        num_classes: K >= 2.
+        dim: D, the number of penultimate features.
+        delta_var: distance from the centroid below which a feature is not pulled.
+        delta_dist: distance from the nearest decision boundary that a centroid should keep.
+        norm: p in {1, 2} of variance and regularization.
+        alpha, beta, gamma: weights of variance, margin and regularization.
+        momentum: rho, the share of the previous centroid.
+        ignore_index: samples with this label count nowhere.
+        backend: "auto", or one of :func:`robustfast.backends`.
+        process_group: a torch.distributed group whose ranks' batches count as one batch; None for this rank alone.
+        return_terms: forward returns :class:`~robustfast.functional.Terms` instead of the scalar loss.
+    """
+
+    centroids: Tensor
+    seen: Tensor
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        dim: int = 256,
+        delta_var: float = 0.5,
+        delta_dist: float = 3.0,
+        norm: int = 2,
+        alpha: float = 1.0,
+        beta: float = 1.0,
+        gamma: float = 0.001,
+        momentum: float = 0.99,
+        *,
+        ignore_index: int = -100,
+        backend: str = "auto",
+        process_group: Any = None,
+        return_terms: bool = False,
+    ) -> None:
+        super().__init__()
+        if num_classes < 2:
+            raise ValueError(f"num_classes: expected at least 2, got {num_classes!r}")
+        if dim < 1:
+            raise ValueError(f"dim: expected at least 1, got {dim!r}")
+        checks.loss_settings(delta_var, delta_dist, norm, alpha, beta, gamma, momentum)
+        self.num_classes, self.dim = num_classes, dim
+        self.delta_var, self.delta_dist, self.norm = delta_var, delta_dist, norm
+        self.alpha, self.beta, self.gamma, self.momentum = alpha, beta, gamma, momentum
+        self.ignore_index, self.backend = ignore_index, backend
+        self.process_group, self.return_terms = process_group, return_terms
+        self.register_buffer("centroids", torch.zeros(num_classes, dim, dtype=torch.float32))
+        self.register_buffer("seen", torch.zeros(num_classes, dtype=torch.bool))
+
+    def forward(self, input: Tensor, input_noise: Tensor | None, target: Tensor, fc: Any) -> Tensor | Terms:
+        """The loss of a batch.
+
+        Args:
+            input: clean features (N, dim).
+            input_noise: features (N, dim) of the noisy views, or None.
+            target: labels (N,).
+            fc: the classifier, an nn.Linear or anything with ``weight`` (num_classes, dim) and ``bias``.
+
+        Returns:
+            The scalar loss, or all of :class:`~robustfast.functional.Terms` where ``return_terms`` holds.
+        """
+        if self.process_group is not None:
+            input, input_noise, target = distributed.gather_batch(
+                input, input_noise, target, self.ignore_index, self.process_group
+            )
+        terms = functional.discriminative_loss(
+            input,
+            input_noise,
+            target,
+            fc.weight,
+            fc.bias,
+            self.centroids,
+            self.seen,
+            delta_var=self.delta_var,
+            delta_dist=self.delta_dist,
+            norm=self.norm,
+            alpha=self.alpha,
+            beta=self.beta,
+            gamma=self.gamma,
+            momentum=self.momentum,
+            update_state=self.training,
+            ignore_index=self.ignore_index,
+            backend=self.backend,
+        )
+        return terms if self.return_terms else terms.loss
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_classes={self.num_classes}, dim={self.dim}, delta_var={self.delta_var}, "
+            f"delta_dist={self.delta_dist}, norm={self.norm}, alpha={self.alpha}, beta={self.beta}, "
+            f"gamma={self.gamma}, momentum={self.momentum}, backend={self.backend!r}"
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> DiscriminativeLoss:
+        state = self.centroids
+        super()._apply(fn, recurse)
+        if self.centroids.dtype in (torch.float16, torch.bfloat16):  # ten thousand 1% steps vanish in 8 bits
+            self.centroids = state.to(self.centroids.device)
+        return self
