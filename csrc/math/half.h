@@ -1,0 +1,68 @@
+// bfloat16 and float16 as bits, and their conversions: exact to float, round to nearest even from it.
+// Branch-free selects, so that a loop over elements vectorises.
+#pragma once
+
+#include <cstring>
+
+#include "math/platform.h"
+
+namespace robustfast {
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+struct float16 {
+  uint16_t bits;
+};
+
+template <class To, class From>
+RF_INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
+  To to;
+  memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+RF_INLINE float to_float(float x) { return x; }
+RF_INLINE double to_float(double x) { return x; }
+RF_INLINE float to_float(bfloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
+
+RF_INLINE float to_float(float16 x) {
+  const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
+  // Moves the exponent's bias from 15 to 127, which also makes subnormals normal; inf and nan need the top exponent.
+  const float scaled = bit_cast<float>(magnitude) * 0x1p112f;
+  const uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
+  return bit_cast<float>(bit_cast<uint32_t>(scaled) | special | uint32_t(x.bits & 0x8000) << 16);
+}
+
+template <class T>
+RF_INLINE T from_float(float x) {
+  return T(x);
+}
+template <class T>
+RF_INLINE T from_float(double x) {
+  return T(x);
+}
+
+template <>
+RF_INLINE bfloat16 from_float<bfloat16>(float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const uint32_t quiet = bits >> 16 | 0x40;
+  return {uint16_t((bits & 0x7fffffff) > 0x7f800000 ? quiet : rounded)};
+}
+
+template <>
+RF_INLINE float16 from_float<float16>(float x) {
+  const uint32_t sign = bit_cast<uint32_t>(x) >> 16 & 0x8000;
+  const uint32_t bits = bit_cast<uint32_t>(x) & 0x7fffffff;
+  const uint32_t normal = (bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13;
+  // Adding 0.5 puts the units of a subnormal half, 2^-24, at the last place of the float, rounded by the addition.
+  const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(bits) + 0.5f) - 0x3f000000;
+  const uint32_t finite = bits < 0x38800000 ? subnormal : normal;
+  const uint32_t overflow = bits > 0x7f800000 ? 0x7e00 : 0x7c00;
+  return {uint16_t(sign | (bits >= 0x477ff000 ? overflow : finite))};
+}
+
+}  // namespace robustfast
