@@ -13,7 +13,7 @@ from setuptools import setup
 
 CUDA_ARCHITECTURES = "8.0;9.0a;10.0+PTX"  # unless TORCH_CUDA_ARCH_LIST names others
 # No operation of the kernels looks at errno or floating-point traps, and with them loops do not vectorise.
-CXX_FLAGS = ["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0", "-Wall"]
+CXX_FLAGS = ["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-fvisibility=hidden", "-g0", "-Wall"]
 NVCC_FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "--threads=2"]
 MINIMUM_TORCH = "0x020a000000000000"  # the stable ABI of 2.10: one binary for that release and all later ones
 

@@ -14,8 +14,8 @@
 #include <vector>
 
 #include "cpu/isa.h"
-#include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "cpu/tensor.h"
 #include "math/half.h"
 
 #if defined(__x86_64__)

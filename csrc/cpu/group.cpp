@@ -1,0 +1,70 @@
+// Labels to rows: a counting sort of the samples by class.
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/loss.h"
+
+namespace robustfast {
+namespace {
+
+int64_t label(const Matrix& target, int64_t i) {
+  switch (target.dtype) {
+    case Dtype::int32:
+      return *target.row<int32_t>(i);
+    case Dtype::int16:
+      return *target.row<int16_t>(i);
+    case Dtype::int8:
+      return *target.row<int8_t>(i);
+    case Dtype::uint8:
+      return *target.row<uint8_t>(i);
+    default:
+      return *target.row<int64_t>(i);
+  }
+}
+
+}  // namespace
+
+Groups group(Matrix target, int64_t n, int64_t num_classes, int64_t ignore_index, int64_t capacity, int32_t* slot,
+             int32_t* classes) {
+  std::vector<int32_t> row_of(num_classes, -1);
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t y = label(target, i);
+    if (y == ignore_index) continue;
+    if (y < 0 || y >= num_classes) {
+      throw std::out_of_range("target: label " + std::to_string(y) + " at position " + std::to_string(i) +
+                              " is outside 0.." + std::to_string(num_classes - 1) + " and is not ignore_index (" +
+                              std::to_string(ignore_index) + ")");
+    }
+    row_of[y] = 0;
+  }
+  int32_t rows = 0;
+  for (int64_t c = 0; c < num_classes; ++c) {
+    if (row_of[c] < 0) continue;
+    classes[rows] = int32_t(c);
+    row_of[c] = rows++;
+  }
+  std::fill(classes + rows, classes + capacity, -1);
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t y = label(target, i);
+    slot[i] = y == ignore_index ? -1 : row_of[y];
+  }
+  return group_by_slot(slot, n, rows);
+}
+
+Groups group_by_slot(const int32_t* slot, int64_t n, int64_t rows) {
+  Groups groups;
+  groups.begin.assign(rows + 1, 0);
+  for (int64_t i = 0; i < n; ++i) {
+    if (slot[i] >= 0) ++groups.begin[slot[i] + 1];
+  }
+  for (int64_t row = 0; row < rows; ++row) groups.begin[row + 1] += groups.begin[row];
+  groups.order.resize(groups.begin[rows]);
+  std::vector<int32_t> next(groups.begin.begin(), groups.begin.end() - 1);
+  for (int64_t i = 0; i < n; ++i) {
+    if (slot[i] >= 0) groups.order[next[slot[i]]++] = int32_t(i);
+  }
+  return groups;
+}
+
+}  // namespace robustfast

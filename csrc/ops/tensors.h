@@ -1,0 +1,78 @@
+// Between PyTorch's tensors and the kernels' plain arguments, for the bindings of every device.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <vector>
+
+#include "cpu/tensor.h"
+
+namespace robustfast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline Dtype dtype_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return Dtype::float32;
+    case ScalarType::Double:
+      return Dtype::float64;
+    case ScalarType::BFloat16:
+      return Dtype::bfloat16;
+    case ScalarType::Half:
+      return Dtype::float16;
+    case ScalarType::Byte:
+      return Dtype::uint8;
+    case ScalarType::Char:
+      return Dtype::int8;
+    case ScalarType::Short:
+      return Dtype::int16;
+    case ScalarType::Int:
+      return Dtype::int32;
+    case ScalarType::Long:
+      return Dtype::int64;
+    default:
+      throw std::invalid_argument("robustfast: an op was called with a dtype that it does not take");
+  }
+}
+inline Dtype dtype_of(const Tensor& tensor) { return dtype_of(tensor.scalar_type()); }
+
+// The dtype of statistics and state for features of this dtype.
+inline ScalarType wide_type(const Tensor& features) {
+  return features.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// An uninitialised contiguous tensor on the device of `like`. Not torch::stable::empty, which goes through the
+// dispatcher: at the paper's batch size an op's time is the sum of such calls.
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type, const Tensor& like) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(1, sizes.begin()[d]);
+  int32_t device_type;
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides.data(),
+                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device_type,
+                               like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+// The same matrix or vector with unit stride along its rows, copied only where it has none.
+inline Tensor unit_rows(const Tensor& tensor) {
+  return tensor.dim() < 2 || tensor.size(1) <= 1 || tensor.stride(1) == 1 ? tensor : torch::stable::contiguous(tensor);
+}
+
+// Of a tensor that outlives it and went through unit_rows.
+inline Matrix matrix(const Tensor& tensor) { return {tensor.const_data_ptr(), dtype_of(tensor), tensor.stride(0)}; }
+inline Matrix matrix(const std::optional<Tensor>& tensor) { return tensor ? matrix(*tensor) : Matrix{}; }
+
+template <class T>
+T* data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+}  // namespace robustfast
