@@ -1,0 +1,7 @@
+"""Training by the paper's method and by its four baselines: recipes over one loop, resumable to the bit."""
+
+from robustfast.training.config import Config
+from robustfast.training.loop import resume, train
+from robustfast.training.presets import preset
+
+__all__ = ["Config", "preset", "resume", "train"]

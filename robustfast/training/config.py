@@ -1,0 +1,95 @@
+"""The settings of a run: everything that decides its result. One field is one option of ``robustfast train``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from robustfast import checks
+
+METHODS = ("normal", "noisy", "both", "stability", "discriminative")
+MODELS = ("small", "resnet18")
+NOISE_VIEWS = ("same", "independent")
+
+
+def _setting(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of one training run, checked on construction (ValueError naming the setting).
+
+    The meaning of each field stands in its help text, which ``robustfast train --help`` prints.
+    """
+
+    method: str = _setting("discriminative", f"one of {', '.join(METHODS)}")
+    data: str = _setting("digits", "digits, npz:FILE or folder:DIR")
+    model: str = _setting("small", f"one of {', '.join(MODELS)}")
+    inter_dim: int = _setting(64, "number of penultimate features")
+    sigma: float = _setting(0.25, "standard deviation of the training noise, for pixels in [0, 1]")
+    noise_view: str = _setting("same", "augmentation of the noisy view: same as the clean one's, or independent")
+    loss_weight: float = _setting(1.0, "lambda, the weight of the stability or discriminative loss")
+    delta_var: float = _setting(0.5, "discriminative: distance from the centroid without pull")
+    delta_dist: float = _setting(3.0, "discriminative: distance to keep from the decision boundary")
+    norm: int = _setting(2, "discriminative: p of the distances to centroids, 1 or 2")
+    alpha: float = _setting(1.0, "discriminative: weight of the variance")
+    beta: float = _setting(1.0, "discriminative: weight of the margin")
+    gamma: float = _setting(0.001, "discriminative: weight of the regularization")
+    centroid_momentum: float = _setting(0.99, "discriminative: share of the previous centroid")
+    epochs: int = _setting(40, "passes over the training images")
+    batch_size: int = _setting(64, "images in a step")
+    lr: float = _setting(0.03, "learning rate of SGD, before decay")
+    momentum: float = _setting(0.9, "momentum of SGD (Nesterov's)")
+    weight_decay: float = _setting(5e-4, "weight decay of SGD")
+    milestones: tuple[int, ...] = _setting((20, 30), "epochs at which the learning rate decays; repeat the option")
+    decay: float = _setting(0.2, "factor of the learning rate at each milestone")
+    crop: int = _setting(0, "random crops after padding by this many black pixels; 0 for none")
+    flip: bool = _setting(False, "mirror every other image at random")
+    validation: float = _setting(0.25, "share of the training images held out to choose the best epoch")
+    test_sigmas: tuple[float, ...] = _setting((0.15, 0.25, 0.4, 0.6), "noise of the final test; repeat the option")
+    test_draws: int = _setting(4, "draws of the noise per test image")
+    seed: int = _setting(0, "decides the split, the initial weights, the order, the augmentation and the noise")
+    device: str = _setting("auto", "auto, cpu or cuda")
+    backend: str = _setting("auto", "backend of the loss and of the noise: auto, cpu, cuda, triton or reference")
+
+    def __post_init__(self) -> None:
+        for name in ("milestones", "test_sigmas"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name, choices in (("method", METHODS), ("model", MODELS), ("noise_view", NOISE_VIEWS)):
+            self._expect(name, f"one of {', '.join(choices)}", lambda value, choices=choices: value in choices)
+        for name in ("inter_dim", "batch_size", "epochs", "test_draws"):
+            self._expect(name, "at least 1", lambda value: value >= 1)
+        for name in ("sigma", "loss_weight", "lr", "weight_decay", "crop"):
+            self._expect(name, "a finite number >= 0", lambda value: 0 <= value < math.inf)
+        self._expect("momentum", "0 <= momentum < 1", lambda value: 0 <= value < 1)
+        self._expect("decay", "0 < decay <= 1", lambda value: 0 < value <= 1)
+        self._expect("validation", "0 < validation < 1", lambda value: 0 < value < 1)
+        self._expect("seed", "0 <= seed < 2**63", lambda value: 0 <= value < 2**63)
+        self._expect("test_sigmas", "finite numbers >= 0", lambda values: all(0 <= v < math.inf for v in values))
+        checks.loss_settings(
+            self.delta_var, self.delta_dist, self.norm, self.alpha, self.beta, self.gamma, self.centroid_momentum
+        )
+
+    def _expect(self, name: str, expected: str, holds: Callable[[Any], bool]) -> None:
+        value = getattr(self, name)
+        if not holds(value):
+            raise ValueError(f"{name}: expected {expected}, got {value!r}")
+
+    def learning_rate(self, epoch: int) -> float:
+        """The learning rate in this epoch, counted from 0: a function of the epoch alone, so it needs no state."""
+        return self.lr * self.decay ** sum(epoch >= milestone for milestone in self.milestones)
+
+
+def from_json(settings: dict[str, Any]) -> Config:
+    """The Config that ``dataclasses.asdict`` and JSON made ``settings`` of.
+
+    Raises:
+        ValueError: a setting is unknown or out of range.
+    """
+    unknown = settings.keys() - {field.name for field in fields(Config)}
+    if unknown:
+        raise ValueError(f"unknown settings: {', '.join(sorted(unknown))}")
+    return Config(**settings)

@@ -1,0 +1,260 @@
+"""The training loop, one for all methods."""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import robustfast
+from robustfast.backends import resolve
+from robustfast.evaluation import accuracy, noise_curve
+from robustfast.functional import noisy_pair
+from robustfast.training import data, files, models, recipes
+from robustfast.training.augment import Placements, draw_placements, place
+from robustfast.training.config import Config, from_json
+from robustfast.training.streams import generator, stream
+
+TEST_SEED = 0  # of the test noise: every method and every run is tested on the same noisy images
+
+
+class Setup(NamedTuple):
+    """What a run works on and does not change."""
+
+    config: Config
+    classes: tuple[str, ...]
+    train: data.Images
+    train_ids: Tensor  # (N,) position in the training pool: the identity of a sample for its noise
+    validation: data.Images
+    test: data.Images
+    normalization: dict[str, tuple[float, ...]]  # mean, pixel_std
+    fingerprint: str
+
+
+class Run:
+    """What training changes, and a checkpoint holds; everything random is a function of (seed, epoch) instead."""
+
+    def __init__(self, setup: Setup) -> None:
+        config, classes = setup.config, len(setup.classes)
+        device = setup.train.pixels.device
+        channels = setup.train.pixels.shape[1]
+        self.model = models.build(config.model, channels, config.inter_dim, classes, stream(config.seed, "init"))
+        self.model.to(device)
+        self.recipe = recipes.build(config, classes).to(device)
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(), config.lr, config.momentum, nesterov=config.momentum > 0,
+            weight_decay=config.weight_decay,
+        )  # fmt: skip
+        self.best: dict[str, Tensor] = {}
+        self.history: list[dict[str, float]] = []
+        self.seconds = 0.0
+
+    @property
+    def best_epoch(self) -> int:
+        """The epoch, from 1, with the highest validation score; the last of equals."""
+        return max(self.history, key=lambda record: (record["validation"], record["epoch"]))["epoch"]
+
+    def save(self, path: Path, setup: Setup) -> None:
+        tensors = {
+            f"{part}.{name}": tensor
+            for part, state in self._states().items()
+            for name, tensor in state.items()
+        }
+        rest = {
+            "config": asdict(setup.config), "fingerprint": setup.fingerprint, "optimizer": self.optimizer.state_dict(),
+            "history": self.history, "seconds": self.seconds,
+        }  # fmt: skip
+        files.save_checkpoint(path, len(self.history), tensors, rest)
+
+    def load(self, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
+        parts: dict[str, dict[str, Tensor]] = {part: {} for part in self._states()}
+        for name, tensor in tensors.items():
+            part, _, key = name.partition(".")
+            parts[part][key] = tensor
+        self.model.load_state_dict(parts["model"])
+        self.recipe.load_state_dict(parts["recipe"])
+        self.best = parts["best"]
+        self.optimizer.load_state_dict(rest["optimizer"])
+        self.history, self.seconds = rest["history"], rest["seconds"]
+
+    def _states(self) -> dict[str, dict[str, Tensor]]:
+        return {"model": self.model.state_dict(), "recipe": self.recipe.state_dict(), "best": self.best}
+
+
+def train(
+    config: Config, out: Path | None = None, on_epoch: Callable[[dict[str, float]], None] | None = None
+) -> dict[str, Any]:
+    """Train as ``config`` says, keep the weights of the best epoch, and test them once.
+
+    Args:
+        config: all settings; they fix the result bit for bit on one machine, PyTorch version and number of threads.
+        out: folder for the run: its state after every epoch, then model.safetensors (the best epoch's weights) and
+            results.json. None keeps everything in memory.
+        on_epoch: called with each new record of the history, after it is on the disk.
+
+    Returns:
+        The content of results.json, as docs/results.md describes it.
+
+    Raises:
+        FileExistsError: ``out`` holds a run.
+        ValueError: the data or a setting is wrong.
+        FloatingPointError: the loss of an epoch is not finite.
+    """
+    if out is not None and (out / files.STATE).exists():
+        raise FileExistsError(f"{out} holds a run: resume it, or choose another folder")
+    setup = prepare(config)
+    run = Run(setup)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        run.save(out, setup)
+    return _go_on(setup, run, out, on_epoch)
+
+
+def resume(out: Path, on_epoch: Callable[[dict[str, float]], None] | None = None) -> dict[str, Any]:
+    """Go on with the run in ``out`` from its last whole epoch, to the bit where it would be uninterrupted.
+
+    A finished run is not tested again: its results are returned. See :func:`train` for the rest.
+
+    Raises:
+        FileNotFoundError: there is no run in ``out``.
+        ValueError: the data is no longer that of the run.
+    """
+    if (out / files.RESULTS).exists():
+        return files.read_json(out / files.RESULTS)
+    tensors, rest = files.load_checkpoint(out)
+    setup = prepare(from_json(rest["config"]))
+    if setup.fingerprint != rest["fingerprint"]:
+        raise ValueError(f"{out}: {setup.config.data} is not the data this run began with")
+    run = Run(setup)
+    run.load(tensors, rest)
+    return _go_on(setup, run, out, on_epoch)
+
+
+def prepare(config: Config) -> Setup:
+    """Load the data, hold out validation and fix the normalisation, on the device."""
+    device = torch.device(_device(config.device))
+    loaded = data.load(config.data)
+    ids, held_out = data.stratified_split(loaded.train.labels, config.validation, config.seed)
+    train = loaded.train[ids]
+    mean, pixel_std = data.channel_statistics(train.pixels)
+    return Setup(
+        config, loaded.classes, train.to(device), ids.to(device), loaded.train[held_out].to(device),
+        loaded.test.to(device), {"mean": mean, "pixel_std": pixel_std}, loaded.fingerprint(),
+    )  # fmt: skip
+
+
+def _device(name: str) -> str:
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def _go_on(
+    setup: Setup, run: Run, out: Path | None, on_epoch: Callable[[dict[str, float]], None] | None
+) -> dict[str, Any]:
+    while len(run.history) < setup.config.epochs:
+        start = time.perf_counter()
+        record = train_epoch(setup, run)
+        run.seconds += time.perf_counter() - start
+        if out is not None:
+            run.save(out, setup)
+        if on_epoch is not None:
+            on_epoch(record)
+    return finish(setup, run, out)
+
+
+def train_epoch(setup: Setup, run: Run) -> dict[str, float]:
+    """One pass over the training images, then validation; the record goes to the history and is returned."""
+    config, epoch, count = setup.config, len(run.history), len(setup.train_ids)
+    for group in run.optimizer.param_groups:
+        group["lr"] = config.learning_rate(epoch)
+    run.model.train()
+    total = torch.zeros((), device=setup.train_ids.device)
+    order = torch.randperm(count, generator=generator(config.seed, "order", epoch)).to(total.device)
+    for index, (clean, noisy) in zip(order.split(config.batch_size), views(setup, order, epoch), strict=True):
+        loss = run.recipe(run.model, recipes.Batch(clean, noisy, setup.train.labels[index]))
+        run.optimizer.zero_grad()
+        loss.backward()
+        run.optimizer.step()
+        total += loss.detach() * len(index)
+    if not math.isfinite(mean_loss := float(total) / count):
+        raise FloatingPointError(f"epoch {epoch + 1}: the loss is {mean_loss}; a lower learning rate may help")
+    record = {"epoch": epoch + 1, "lr": config.learning_rate(epoch), "loss": mean_loss, **validate(setup, run.model)}
+    run.history.append(record)
+    if run.best_epoch == record["epoch"]:
+        run.best = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    return record
+
+
+def views(setup: Setup, order: Tensor, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The normalised clean and noisy views of each batch in ``order``; the noise is draw ``epoch`` of each sample."""
+    config = setup.config
+    noise = {**setup.normalization, "seed": stream(config.seed, "noise"), "draw": epoch, "backend": config.backend}
+    clean_places, noisy_places = (
+        draw_placements(len(order), config.crop, config.flip, generator(config.seed, "augmentation", view, epoch))
+        for view in ("clean", "noisy")
+    )
+
+    def placed(index: Tensor, places: Placements) -> Tensor:
+        pixels = setup.train.pixels[index]
+        return place(pixels, places[index.cpu()], config.crop) if config.crop or config.flip else pixels
+
+    for index in order.split(config.batch_size):
+        ids = setup.train_ids[index]
+        clean, noisy = noisy_pair(placed(index, clean_places), config.sigma, sample_ids=ids, **noise)
+        if config.noise_view == "independent":
+            _, noisy = noisy_pair(placed(index, noisy_places), config.sigma, sample_ids=ids, **noise)
+        yield clean, noisy
+
+
+def validate(setup: Setup, model: nn.Module) -> dict[str, float]:
+    """Accuracy on clean and on noisy validation images, and their mean, by which the best epoch is chosen."""
+    config = setup.config
+    settings = {**setup.normalization, "seed": stream(config.seed, "validation noise"), "backend": config.backend}
+    clean, noisy = (accuracy(model, *setup.validation, sigma, **settings) for sigma in (0.0, config.sigma))
+    return {"validation_clean": clean, "validation_noisy": noisy, "validation": (clean + noisy) / 2}
+
+
+def finish(setup: Setup, run: Run, out: Path | None) -> dict[str, Any]:
+    """Test the weights of the best epoch; write them and the results."""
+    config, device = setup.config, setup.train.pixels.device
+    run.model.load_state_dict(run.best)
+    results = {
+        "format": files.FORMAT,
+        "config": asdict(config),
+        "data": {
+            "classes": list(setup.classes),
+            "image": list(setup.train.pixels.shape[1:]),
+            "train": len(setup.train.labels),
+            "validation": len(setup.validation.labels),
+            "test": len(setup.test.labels),
+            "fingerprint": setup.fingerprint,
+        },
+        "history": run.history,
+        "best_epoch": run.best_epoch,
+        "test": noise_curve(
+            run.model, *setup.test, config.test_sigmas, **setup.normalization, seed=TEST_SEED,
+            draws=config.test_draws, backend=config.backend,
+        ),
+        "seconds": run.seconds,
+        "environment": {
+            "robustfast": robustfast.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "device": str(device),
+            "threads": torch.get_num_threads(),
+            "loss_backend": resolve(config.backend, device.type, "discriminative_loss"),
+            "noise_backend": resolve(config.backend, device.type, "noisy_pair"),
+        },
+    }  # fmt: skip
+    if out is not None:
+        about = {"config": asdict(config), "classes": setup.classes, "image": setup.train.pixels.shape[1:],
+                 "normalization": setup.normalization}  # fmt: skip
+        files.save_model(out / files.MODEL, run.best, about)
+        files.write_json(out / files.RESULTS, results)
+    return results

@@ -1,0 +1,79 @@
+"""Classifiers with a linear penultimate layer: ``features(x)`` is (N, inter_dim), ``fc`` maps it to the logits."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Classifier(nn.Module):
+    """backbone -> linear penultimate layer -> ``fc``; the backbone gives (N, width)."""
+
+    def __init__(self, backbone: nn.Module, width: int, inter_dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.penultimate = nn.Linear(width, inter_dim)
+        self.fc = nn.Linear(inter_dim, num_classes)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Penultimate features (N, inter_dim) of images (N, C, H, W)."""
+        return self.penultimate(self.backbone(images))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (N, num_classes)."""
+        return self.fc(self.features(images))
+
+
+def small(channels: int, inter_dim: int, num_classes: int) -> Classifier:
+    """Two 3x3 convolutions and a pooling to 4x4, for small images of any size."""
+    backbone = nn.Sequential(
+        nn.Conv2d(channels, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveMaxPool2d(4),
+        nn.Flatten(),
+    )
+    return Classifier(backbone, 64 * 4 * 4, inter_dim, num_classes)
+
+
+def resnet18(channels: int, inter_dim: int, num_classes: int) -> Classifier:
+    """ResNet-18 for 32x32 images: 3x3 stem without pooling (He et al. 2016), and a linear layer of inter_dim features."""
+    blocks = [Block(64, 64, 1), Block(64, 64, 1)]
+    for width in (128, 256, 512):
+        blocks += [Block(width // 2, width, 2), Block(width, width, 1)]
+    backbone = nn.Sequential(
+        nn.Conv2d(channels, 64, 3, padding=1, bias=False),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        *blocks,
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
+    return Classifier(backbone, 512, inter_dim, num_classes)
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions beside a shortcut, which is a 1x1 convolution where the shape changes."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, images: Tensor) -> Tensor:
+        inner = F.relu(self.bn1(self.conv1(images)))
+        return F.relu(self.bn2(self.conv2(inner)) + self.shortcut(images))
+
+
+def build(name: str, channels: int, inter_dim: int, num_classes: int, generator_seed: int) -> Classifier:
+    """The model of that name, its initial weights fixed by the seed; PyTorch's own generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator_seed)
+        return {"small": small, "resnet18": resnet18}[name](channels, inter_dim, num_classes)
