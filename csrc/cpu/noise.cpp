@@ -1,0 +1,407 @@
+// Noise is made, and used, in pieces that fit the first cache: Philox in 64-bit lanes, Box and Muller's transform, and
+// the elements of the batch are three loops over a piece.
+#ifndef RF_ISA
+
+#define RF_KERNEL "cpu/noise.cpp"
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "cpu/noise.h"
+#include "math/normal.h"
+//
+#include "cpu/each_isa.h"
+
+namespace robustfast {
+
+void add_noise(const Noise& noise, const Samples& samples, Matrix input, Output noisy) {
+  RF_DISPATCH(add_noise, noise, samples, input, noisy);
+}
+
+void add_noise_backward(const Noise& noise, const Samples& samples, Matrix grad, Matrix input, Output grad_input) {
+  RF_DISPATCH(add_noise_backward, noise, samples, grad, input, grad_input);
+}
+
+void noisy_pair(const Noise& noise, const Samples& samples, Matrix images, const float* mean, const float* pixel_std,
+                Output clean, Output noisy) {
+  RF_DISPATCH(noisy_pair, noise, samples, images, mean, pixel_std, clean, noisy);
+}
+
+void noisy_pair_backward(const Noise& noise, const Samples& samples, Matrix grad_clean, Matrix grad_noisy,
+                         Matrix images, const float* pixel_std, Output grad_images) {
+  RF_DISPATCH(noisy_pair_backward, noise, samples, grad_clean, grad_noisy, images, pixel_std, grad_images);
+}
+
+void philox_words(uint64_t seed, uint64_t sample_id, uint32_t draw, int64_t quads, int64_t* words) {
+  RF_DISPATCH(philox_words, seed, sample_id, draw, quads, words);
+}
+
+}  // namespace robustfast
+
+#else
+
+namespace robustfast {
+namespace RF_ISA {
+
+constexpr int64_t granule = 16;             // quads made at a time: whole vectors on every instruction set, so that an
+                                            // element's bits do not depend on where in a loop it stands
+constexpr int64_t piece_elements = 1024;    // 4 KiB of noise, and a few times that of operands
+constexpr int64_t thread_elements = 16384;  // less is not worth waking a thread
+
+constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// ---- words and numbers ----
+
+// 32-bit words in the low halves of 64-bit lanes, where one instruction gives both halves of their products. What the
+// high halves hold does not matter.
+typedef uint64_t Lanes __attribute__((vector_size(RF_VECTOR_BYTES)));
+constexpr int64_t lanes = RF_VECTOR_BYTES / 8;
+
+RF_INLINE Lanes multiply(Lanes a, Lanes b) {
+#if !defined(__x86_64__)
+  return (a & 0xffffffff) * b;
+#elif RF_VECTOR_BYTES == 64
+  return Lanes(_mm512_maskz_mul_epu32(0xff, __m512i(a), __m512i(b)));  // unmasked, GCC 12 warns of its own header
+#elif RF_VECTOR_BYTES == 32
+  return Lanes(_mm256_mul_epu32(__m256i(a), __m256i(b)));
+#else
+  return Lanes(_mm_mul_epu32(__m128i(a), __m128i(b)));
+#endif
+}
+
+RF_INLINE Lanes same(uint32_t word) { return Lanes{} + word; }
+
+// philox4x32 of math/philox.h for as many quads as there are lanes.
+RF_INLINE void philox4x32(Lanes (&word)[4], uint32_t key0, uint32_t key1) {
+  for (int round = 0; round < 10; ++round) {
+    const Lanes product0 = multiply(word[0], same(philox_multiplier0));
+    const Lanes product1 = multiply(word[2], same(philox_multiplier1));
+    word[0] = product1 >> 32 ^ word[1] ^ same(key0);
+    word[1] = product1;
+    word[2] = product0 >> 32 ^ word[3] ^ same(key1);
+    word[3] = product0;
+    key0 += philox_weyl0;
+    key1 += philox_weyl1;
+  }
+}
+
+// The words of `granule` quads in the order of elements: w0 and w2 of each quad in `even`, w1 and w3 in `odd`.
+struct Granule {
+  alignas(64) uint32_t even[2 * granule], odd[2 * granule];
+
+  Granule(uint64_t seed, uint64_t sample_id, uint32_t draw, int64_t quad) {
+    Lanes lane = {};
+    for (int64_t i = 0; i < lanes; ++i) lane[i] = i;
+    for (int64_t q = 0; q < granule; q += lanes) {
+      Lanes word[4] = {lane + same(quad + q), same(sample_id), same(sample_id >> 32), same(draw)};
+      philox4x32(word, seed, seed >> 32);
+      store(word[0], word[2], even + 2 * q);
+      store(word[1], word[3], odd + 2 * q);
+    }
+  }
+
+  static RF_INLINE void store(Lanes first, Lanes second, uint32_t* words) {
+    const Lanes both = (first & 0xffffffff) | second << 32;  // in memory `first` comes first: little endian
+    memcpy(words, &both, sizeof(both));
+  }
+};
+
+// scale * noise of `quads` quads, and of more up to whole granules.
+template <Pair (*transform)(uint32_t, uint32_t)>
+void fill(const Noise& noise, uint64_t sample_id, int64_t quad, int64_t quads, float* out) {
+  for (int64_t q = 0; q < quads; q += granule) {
+    const Granule words(noise.seed, sample_id, noise.draw, quad + q);
+    for (int64_t i = 0; i < 2 * granule; ++i) {
+      const Pair pair = transform(words.even[i], words.odd[i]);
+      out[4 * q + 2 * i] = noise.scale * pair.first;
+      out[4 * q + 2 * i + 1] = noise.scale * pair.second;
+    }
+  }
+}
+
+inline void fill(const Noise& noise, uint64_t sample_id, int64_t quad, int64_t quads, float* out) {
+  if (noise.distribution == Distribution::gaussian) {
+    fill<box_muller>(noise, sample_id, quad, quads, out);
+  } else {
+    fill<uniform_pair>(noise, sample_id, quad, quads, out);
+  }
+}
+
+void philox_words(uint64_t seed, uint64_t sample_id, uint32_t draw, int64_t quads, int64_t* words) {
+  parallel_for(0, round_up(quads, granule) / granule, thread_elements / granule,
+               [=](int64_t from, int64_t to) RF_TARGET_LAMBDA {
+                 for (int64_t quad = from * granule; quad < std::min(to * granule, quads); quad += granule) {
+                   const Granule made(seed, sample_id, draw, quad);
+                   const int64_t pairs = 2 * std::min(granule, quads - quad);
+                   for (int64_t i = 0; i < pairs; ++i) {
+                     words[4 * quad + 2 * i] = made.even[i];
+                     words[4 * quad + 2 * i + 1] = made.odd[i];
+                   }
+                 }
+               });
+}
+
+// ---- pieces of the batch ----
+
+// `count` elements of a sample in memory order, from `first` on, with their noise, and space for as many operands.
+template <class Wide>
+struct Piece {
+  int64_t sample, channel, first, count;  // channel: that of all elements, or 0 where channels are interleaved
+  const float* noise;
+  Wide* space[4];
+};
+
+// How samples are cut: every plane into blocks, or where channels are interleaved all planes together.
+struct Cut {
+  int64_t planes, interleaved;  // planes cut alone, and channels in a block: one of them is 1
+  int64_t length, blocks;       // of a block in elements per channel, and in a plane
+
+  explicit Cut(const Samples& samples)
+      : planes(samples.channels_last ? 1 : samples.channels),
+        interleaved(samples.channels_last ? samples.channels : 1),
+        length(std::max(piece_elements / interleaved / (4 * granule), int64_t(1)) * (4 * granule)),
+        blocks(round_up(samples.plane, length) / length) {}
+  int64_t elements() const { return length * interleaved; }
+  int64_t space() const { return elements() + length + 4 * granule; }  // for fill_block
+};
+
+// Noise of `count` elements of a sample from `begin` on. Gives where in `space` they start.
+inline const float* fill_from(const Noise& noise, uint64_t sample_id, int64_t begin, int64_t count, float* space) {
+  const int64_t skip = begin % 4;
+  fill(noise, sample_id, begin / 4, (skip + count + 3) / 4, space);
+  return space + skip;
+}
+
+// The same of a block, `first` counting in the plane, in memory order.
+inline const float* fill_block(const Noise& noise, const Samples& samples, uint64_t sample_id, int64_t channel,
+                               int64_t first, int64_t count, float* space) {
+  if (!samples.channels_last) return fill_from(noise, sample_id, channel * samples.plane + first, count, space);
+  float* plane = space + Cut(samples).elements();
+  for (int64_t c = 0; c < samples.channels; ++c) {
+    const float* values = fill_from(noise, sample_id, c * samples.plane + first, count, plane);
+    for (int64_t i = 0; i < count; ++i) space[i * samples.channels + c] = values[i];
+  }
+  return space;
+}
+
+// Calls body(piece) for all pieces of the batch, in threads.
+template <class Wide, class Body>
+void for_each_piece(const Noise& noise, const Samples& samples, const Body& body) {
+  const Cut cut(samples);
+  const int64_t unit_elements = std::min(cut.length, samples.plane) * cut.interleaved;
+  const int64_t grain = thread_elements / std::max(unit_elements, int64_t(1)) + 1;
+  parallel_for(0, samples.count * cut.planes * cut.blocks, grain, [&](int64_t from, int64_t to) {
+    const auto numbers = std::make_unique_for_overwrite<float[]>(cut.space());
+    const auto operands = std::make_unique_for_overwrite<Wide[]>(4 * cut.elements());
+    Piece<Wide> piece;
+    for (int k = 0; k < 4; ++k) piece.space[k] = operands.get() + k * cut.elements();
+    for (int64_t unit = from; unit < to; ++unit) {
+      const int64_t plane = unit / cut.blocks, first = unit % cut.blocks * cut.length;
+      const int64_t count = std::min(cut.length, samples.plane - first);
+      piece.sample = plane / cut.planes;
+      piece.channel = plane % cut.planes;
+      piece.first = piece.channel * samples.plane + first * cut.interleaved;
+      piece.count = count * cut.interleaved;
+      const uint64_t id = noise.sample_ids ? noise.sample_ids[piece.sample] : piece.sample;
+      piece.noise = fill_block(noise, samples, id, piece.channel, first, count, numbers.get());
+      body(piece);
+    }
+  });
+}
+
+// ---- operands ----
+
+template <class Wide, class T>
+RF_INLINE Wide widen(T x) {
+  return Wide(to_float(x));
+}
+template <class Wide>
+RF_INLINE Wide widen(uint8_t x) {
+  return Wide(x) / 255;
+}
+
+template <class T, class Wide>
+void widen(const T* __restrict from, int64_t count, Wide* __restrict to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = widen<Wide>(from[i]);
+}
+
+template <class T, class Wide>
+void narrow(const Wide* __restrict from, int64_t count, T* __restrict to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = from_float<T>(from[i]);
+}
+
+template <class T>
+T* elements(const Output& to, int64_t sample, int64_t first) {
+  return static_cast<T*>(to.data) + sample * to.stride + first;
+}
+
+template <class Wide>
+constexpr Dtype dtype_of = sizeof(Wide) == 8 ? Dtype::float64 : Dtype::float32;
+
+// The piece's elements of a tensor: in place if they are Wide, else converted to it in `space`.
+template <class Wide>
+const Wide* load(const Piece<Wide>& piece, const Matrix& from, Wide* space) {
+  if (from.dtype == dtype_of<Wide>) return from.row<Wide>(piece.sample) + piece.first;
+  const auto convert = [&](auto zero) {
+    widen(from.row<decltype(zero)>(piece.sample) + piece.first, piece.count, space);
+  };
+  from.dtype == Dtype::uint8 ? convert(uint8_t()) : for_floating(from.dtype, convert);
+  return space;
+}
+
+// Where the piece's elements of an output are computed: in place if they are Wide, else in `space`, for `store`.
+template <class Wide>
+Wide* place(const Piece<Wide>& piece, const Output& to, Wide* space) {
+  return to.dtype == dtype_of<Wide> ? elements<Wide>(to, piece.sample, piece.first) : space;
+}
+
+template <class Wide>
+void store(const Piece<Wide>& piece, const Wide* values, const Output& to) {
+  if (to.dtype == dtype_of<Wide>) return;
+  for_floating(to.dtype, [&](auto zero) {
+    narrow(values, piece.count, elements<decltype(zero)>(to, piece.sample, piece.first));
+  });
+}
+
+// ---- the ops ----
+
+template <class Wide>
+struct Clip {
+  Wide low, high;
+
+  explicit Clip(const Noise& noise) : low(Wide(noise.low)), high(Wide(noise.high)) {}
+  RF_INLINE Wide operator()(Wide x) const {  // nan passes
+    x = x < low ? low : x;
+    return x > high ? high : x;
+  }
+  RF_INLINE bool passes(Wide x) const { return (low <= x) & (x <= high); }
+};
+
+template <class Wide>
+void add(int64_t count, const float* __restrict noise, Clip<Wide> clip, const Wide* __restrict x,
+         Wide* __restrict noisy) {
+  for (int64_t i = 0; i < count; ++i) noisy[i] = clip(x[i] + Wide(noise[i]));
+}
+
+template <class Wide>
+void add_backward(int64_t count, const float* __restrict noise, Clip<Wide> clip, const Wide* __restrict grad,
+                  const Wide* __restrict x, Wide* __restrict grad_x) {
+  for (int64_t i = 0; i < count; ++i) grad_x[i] = clip.passes(x[i] + Wide(noise[i])) ? grad[i] : Wide(0);
+}
+
+template <class Wide>
+void add_noise_as(const Noise& noise, const Samples& samples, Matrix input, Output noisy) {
+  for_each_piece<Wide>(noise, samples, [&](const Piece<Wide>& piece) {
+    const Wide* x = load(piece, input, piece.space[0]);
+    Wide* sum = place(piece, noisy, piece.space[1]);
+    add(piece.count, piece.noise, Clip<Wide>(noise), x, sum);
+    store(piece, sum, noisy);
+  });
+}
+
+template <class Wide>
+void add_noise_backward_as(const Noise& noise, const Samples& samples, Matrix grad, Matrix input, Output grad_input) {
+  for_each_piece<Wide>(noise, samples, [&](const Piece<Wide>& piece) {
+    const Wide *g = load(piece, grad, piece.space[0]), *x = load(piece, input, piece.space[1]);
+    Wide* grad_x = place(piece, grad_input, piece.space[2]);
+    add_backward(piece.count, piece.noise, Clip<Wide>(noise), g, x, grad_x);
+    store(piece, grad_x, grad_input);
+  });
+}
+
+// A channel's number at every element of a piece: the same one, or where channels are interleaved each its own.
+template <class Wide>
+struct Same {
+  Wide value;
+  RF_INLINE Wide operator[](int64_t) const { return value; }
+};
+
+template <class Wide>
+std::vector<Wide> interleave(const float* values, const Samples& samples) {
+  std::vector<Wide> each(Cut(samples).elements());
+  for (size_t i = 0; i < each.size(); ++i) each[i] = Wide(values[i % samples.channels]);
+  return each;
+}
+
+template <class Wide, class Channel>
+void normalize(int64_t count, const float* __restrict noise, Clip<Wide> clip, const Wide* __restrict x, Channel mean,
+               Channel pixel_std, Wide* __restrict clean, Wide* __restrict noisy) {
+  for (int64_t i = 0; i < count; ++i) {
+    clean[i] = (x[i] - mean[i]) / pixel_std[i];
+    noisy[i] = (clip(x[i] + Wide(noise[i])) - mean[i]) / pixel_std[i];
+  }
+}
+
+template <class Wide, class Channel>
+void normalize_backward(int64_t count, const float* __restrict noise, Clip<Wide> clip,
+                        const Wide* __restrict grad_clean, const Wide* __restrict grad_noisy, const Wide* __restrict x,
+                        Channel pixel_std, Wide* __restrict grad_x) {
+  for (int64_t i = 0; i < count; ++i) {
+    const Wide grad = clip.passes(x[i] + Wide(noise[i])) ? grad_noisy[i] : Wide(0);
+    grad_x[i] = (grad_clean[i] + grad) / pixel_std[i];
+  }
+}
+
+template <class Wide>
+void noisy_pair_as(const Noise& noise, const Samples& samples, Matrix images, const float* mean, const float* pixel_std,
+                   Output clean, Output noisy) {
+  const auto means = interleave<Wide>(mean, samples), stds = interleave<Wide>(pixel_std, samples);
+  for_each_piece<Wide>(noise, samples, [&](const Piece<Wide>& piece) {
+    const auto views = [&](auto mean, auto pixel_std) {
+      const Wide* x = load(piece, images, piece.space[0]);
+      Wide *first = place(piece, clean, piece.space[1]), *second = place(piece, noisy, piece.space[2]);
+      normalize(piece.count, piece.noise, Clip<Wide>(noise), x, mean, pixel_std, first, second);
+      store(piece, first, clean);
+      store(piece, second, noisy);
+    };
+    if (samples.channels_last) {
+      views(means.data(), stds.data());
+    } else {
+      views(Same<Wide>{Wide(mean[piece.channel])}, Same<Wide>{Wide(pixel_std[piece.channel])});
+    }
+  });
+}
+
+template <class Wide>
+void noisy_pair_backward_as(const Noise& noise, const Samples& samples, Matrix grad_clean, Matrix grad_noisy,
+                            Matrix images, const float* pixel_std, Output grad_images) {
+  const auto stds = interleave<Wide>(pixel_std, samples);
+  for_each_piece<Wide>(noise, samples, [&](const Piece<Wide>& piece) {
+    const Wide *first = load(piece, grad_clean, piece.space[0]), *second = load(piece, grad_noisy, piece.space[1]);
+    const Wide* x = load(piece, images, piece.space[2]);
+    Wide* grad_x = place(piece, grad_images, piece.space[3]);
+    const auto backward = [&](auto pixel_std) {
+      normalize_backward(piece.count, piece.noise, Clip<Wide>(noise), first, second, x, pixel_std, grad_x);
+    };
+    samples.channels_last ? backward(stds.data()) : backward(Same<Wide>{Wide(pixel_std[piece.channel])});
+    store(piece, grad_x, grad_images);
+  });
+}
+
+// Arithmetic is in float, or in double where the results are.
+void add_noise(const Noise& noise, const Samples& samples, Matrix input, Output noisy) {
+  const auto run = noisy.dtype == Dtype::float64 ? add_noise_as<double> : add_noise_as<float>;
+  run(noise, samples, input, noisy);
+}
+
+void add_noise_backward(const Noise& noise, const Samples& samples, Matrix grad, Matrix input, Output grad_input) {
+  const auto run = grad_input.dtype == Dtype::float64 ? add_noise_backward_as<double> : add_noise_backward_as<float>;
+  run(noise, samples, grad, input, grad_input);
+}
+
+void noisy_pair(const Noise& noise, const Samples& samples, Matrix images, const float* mean, const float* pixel_std,
+                Output clean, Output noisy) {
+  const auto run = clean.dtype == Dtype::float64 ? noisy_pair_as<double> : noisy_pair_as<float>;
+  run(noise, samples, images, mean, pixel_std, clean, noisy);
+}
+
+void noisy_pair_backward(const Noise& noise, const Samples& samples, Matrix grad_clean, Matrix grad_noisy,
+                         Matrix images, const float* pixel_std, Output grad_images) {
+  const auto run = grad_clean.dtype == Dtype::float64 ? noisy_pair_backward_as<double> : noisy_pair_backward_as<float>;
+  run(noise, samples, grad_clean, grad_noisy, images, pixel_std, grad_images);
+}
+
+}  // namespace RF_ISA
+}  // namespace robustfast
+
+#endif
