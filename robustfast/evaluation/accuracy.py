@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ def accuracy(
         model: maps normalised images (N, C, H, W) to logits (N, K); its training mode is restored.
         pixels: (N, C, H, W), uint8 or floating in [0, 1]; image i is sample i of the noise, whatever the batch.
         labels: (N,) int64.
-        sigma: standard deviation of the noise, for pixels in [0, 1], to which noisy pixels are clipped. 0: clean images.
+        sigma: standard deviation of the noise, for pixels in [0, 1]; noisy pixels are clipped to that. 0: clean images.
         mean, pixel_std: the channels' normalisation.
         seed, draws: the noise is draws 0..draws-1 of this seed: one direction per draw and image for all sigma.
 
@@ -60,7 +61,7 @@ def accuracy(
 
 
 def noise_curve(
-    model: nn.Module, pixels: Tensor, labels: Tensor, sigmas: Sequence[float], **settings
+    model: nn.Module, pixels: Tensor, labels: Tensor, sigmas: Sequence[float], **settings: Any
 ) -> list[dict[str, float]]:
     """``[{"sigma": ..., "accuracy": ...}, ...]``: clean first (sigma 0), then each of ``sigmas``.
 

@@ -10,13 +10,13 @@ from torch import Tensor
 
 
 class Placements(NamedTuple):
-    """Where each image goes: top and left corner of its crop in the padded image, both int64 (N,), and mirrored, bool."""
+    """For each of N images the corner of its crop in the padded image, int64 (N,), and whether it is mirrored, bool."""
 
     top: Tensor
     left: Tensor
     mirrored: Tensor
 
-    def __getitem__(self, index: Tensor) -> Placements:  # type: ignore[override]
+    def take(self, index: Tensor) -> Placements:
         return Placements(self.top[index], self.left[index], self.mirrored[index])
 
 

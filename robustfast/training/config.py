@@ -59,7 +59,7 @@ class Config:
         for name in ("milestones", "test_sigmas"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name, choices in (("method", METHODS), ("model", MODELS), ("noise_view", NOISE_VIEWS)):
-            self._expect(name, f"one of {', '.join(choices)}", lambda value, choices=choices: value in choices)
+            self._expect(name, f"one of {', '.join(choices)}", choices.__contains__)
         for name in ("inter_dim", "batch_size", "epochs", "test_draws"):
             self._expect(name, "at least 1", lambda value: value >= 1)
         for name in ("sigma", "loss_weight", "lr", "weight_decay", "crop"):

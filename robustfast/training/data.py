@@ -24,7 +24,7 @@ class Images(NamedTuple):
     pixels: Tensor
     labels: Tensor
 
-    def __getitem__(self, index: Tensor) -> Images:  # type: ignore[override]
+    def take(self, index: Tensor) -> Images:
         return Images(self.pixels[index], self.labels[index])
 
     def to(self, device: torch.device) -> Images:
@@ -71,7 +71,7 @@ def digits() -> DataSet:
     pixels, labels = load_digits(return_X_y=True)
     images = Images(torch.from_numpy(pixels).float().view(-1, 1, 8, 8) / 16, torch.from_numpy(labels).long())
     train, test = stratified_split(images.labels, 1 / 3, seed=0)
-    return DataSet(images[train], images[test], tuple(map(str, range(10))))
+    return DataSet(images.take(train), images.take(test), tuple(map(str, range(10))))
 
 
 def npz(path: Path) -> DataSet:
@@ -216,7 +216,9 @@ def stratified_split(labels: Tensor, share: float, seed: int) -> tuple[Tensor, T
     rank = torch.arange(labels.numel()) - (counts.cumsum(0) - counts)[labels[order]]
     wanted = (share * counts).round().long()
     if wanted.sum() == 0 or (wanted == counts)[counts > 0].any():
-        raise ValueError(f"cannot hold out {share:g} of classes of {counts.tolist()} images and have some on both sides")
+        raise ValueError(
+            f"cannot hold out {share:g} of classes of {counts.tolist()} images and have some on both sides"
+        )
     held_out = rank < wanted[labels[order]]
     return order[~held_out].sort().values, order[held_out].sort().values
 

@@ -42,7 +42,7 @@ def read_json(path: Path) -> Any:
 
 
 def save_checkpoint(run: Path, epoch: int, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
-    """Write the state after ``epoch`` epochs: ``tensors`` as safetensors, ``rest`` for ``torch.load(weights_only=True)``.
+    """Write the state after ``epoch`` epochs: ``tensors`` as safetensors, ``rest`` for torch.load(weights_only=True).
 
     state.pt is the commit: it is written last and names the epoch whose tensors belong to it.
     """

@@ -34,7 +34,8 @@ class Setup(NamedTuple):
     train_ids: Tensor  # (N,) position in the training pool: the identity of a sample for its noise
     validation: data.Images
     test: data.Images
-    normalization: dict[str, tuple[float, ...]]  # mean, pixel_std
+    normalization: dict[str, Any]  # mean, pixel_std
+    backends: dict[str, str]  # of each op used
     fingerprint: str
 
 
@@ -59,14 +60,10 @@ class Run:
     @property
     def best_epoch(self) -> int:
         """The epoch, from 1, with the highest validation score; the last of equals."""
-        return max(self.history, key=lambda record: (record["validation"], record["epoch"]))["epoch"]
+        return int(max(self.history, key=lambda record: (record["validation"], record["epoch"]))["epoch"])
 
     def save(self, path: Path, setup: Setup) -> None:
-        tensors = {
-            f"{part}.{name}": tensor
-            for part, state in self._states().items()
-            for name, tensor in state.items()
-        }
+        tensors = {f"{part}.{name}": tensor for part, state in self._states().items() for name, tensor in state.items()}
         rest = {
             "config": asdict(setup.config), "fingerprint": setup.fingerprint, "optimizer": self.optimizer.state_dict(),
             "history": self.history, "seconds": self.seconds,
@@ -139,19 +136,33 @@ def resume(out: Path, on_epoch: Callable[[dict[str, float]], None] | None = None
 
 def prepare(config: Config) -> Setup:
     """Load the data, hold out validation and fix the normalisation, on the device."""
-    device = torch.device(_device(config.device))
+    device = pick_device(config.device)
+    try:
+        backends = {op: resolve(config.backend, device.type, op) for op in ("discriminative_loss", "noisy_pair")}
+    except RuntimeError as error:
+        raise ValueError(error) from error
     loaded = data.load(config.data)
     ids, held_out = data.stratified_split(loaded.train.labels, config.validation, config.seed)
-    train = loaded.train[ids]
+    train = loaded.train.take(ids)
     mean, pixel_std = data.channel_statistics(train.pixels)
     return Setup(
-        config, loaded.classes, train.to(device), ids.to(device), loaded.train[held_out].to(device),
-        loaded.test.to(device), {"mean": mean, "pixel_std": pixel_std}, loaded.fingerprint(),
+        config, loaded.classes, train.to(device), ids.to(device), loaded.train.take(held_out).to(device),
+        loaded.test.to(device), {"mean": mean, "pixel_std": pixel_std}, backends, loaded.fingerprint(),
     )  # fmt: skip
 
 
-def _device(name: str) -> str:
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+def saved_config(out: Path) -> Config:
+    """The settings of the run in ``out``; FileNotFoundError if there is none."""
+    return from_json(files.load_checkpoint(out)[1]["config"])
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that ``auto`` (a GPU if there is one), ``cpu`` or ``cuda`` names; ValueError if it cannot be had."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device: expected auto, cpu or cuda, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: no GPU is visible to PyTorch")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def _go_on(
@@ -194,7 +205,12 @@ def train_epoch(setup: Setup, run: Run) -> dict[str, float]:
 def views(setup: Setup, order: Tensor, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The normalised clean and noisy views of each batch in ``order``; the noise is draw ``epoch`` of each sample."""
     config = setup.config
-    noise = {**setup.normalization, "seed": stream(config.seed, "noise"), "draw": epoch, "backend": config.backend}
+    noise: dict[str, Any] = {
+        **setup.normalization,
+        "seed": stream(config.seed, "noise"),
+        "draw": epoch,
+        "backend": config.backend,
+    }
     clean_places, noisy_places = (
         draw_placements(len(order), config.crop, config.flip, generator(config.seed, "augmentation", view, epoch))
         for view in ("clean", "noisy")
@@ -202,7 +218,7 @@ def views(setup: Setup, order: Tensor, epoch: int) -> Iterator[tuple[Tensor, Ten
 
     def placed(index: Tensor, places: Placements) -> Tensor:
         pixels = setup.train.pixels[index]
-        return place(pixels, places[index.cpu()], config.crop) if config.crop or config.flip else pixels
+        return place(pixels, places.take(index.cpu()), config.crop) if config.crop or config.flip else pixels
 
     for index in order.split(config.batch_size):
         ids = setup.train_ids[index]
@@ -215,14 +231,18 @@ def views(setup: Setup, order: Tensor, epoch: int) -> Iterator[tuple[Tensor, Ten
 def validate(setup: Setup, model: nn.Module) -> dict[str, float]:
     """Accuracy on clean and on noisy validation images, and their mean, by which the best epoch is chosen."""
     config = setup.config
-    settings = {**setup.normalization, "seed": stream(config.seed, "validation noise"), "backend": config.backend}
+    settings: dict[str, Any] = {
+        **setup.normalization,
+        "seed": stream(config.seed, "validation noise"),
+        "backend": config.backend,
+    }
     clean, noisy = (accuracy(model, *setup.validation, sigma, **settings) for sigma in (0.0, config.sigma))
     return {"validation_clean": clean, "validation_noisy": noisy, "validation": (clean + noisy) / 2}
 
 
 def finish(setup: Setup, run: Run, out: Path | None) -> dict[str, Any]:
     """Test the weights of the best epoch; write them and the results."""
-    config, device = setup.config, setup.train.pixels.device
+    config = setup.config
     run.model.load_state_dict(run.best)
     results = {
         "format": files.FORMAT,
@@ -246,10 +266,9 @@ def finish(setup: Setup, run: Run, out: Path | None) -> dict[str, Any]:
             "robustfast": robustfast.__version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
-            "device": str(device),
+            "device": setup.train.pixels.device.type,
             "threads": torch.get_num_threads(),
-            "loss_backend": resolve(config.backend, device.type, "discriminative_loss"),
-            "noise_backend": resolve(config.backend, device.type, "noisy_pair"),
+            "backends": setup.backends,
         },
     }  # fmt: skip
     if out is not None:

@@ -39,7 +39,7 @@ def small(channels: int, inter_dim: int, num_classes: int) -> Classifier:
 
 
 def resnet18(channels: int, inter_dim: int, num_classes: int) -> Classifier:
-    """ResNet-18 for 32x32 images: 3x3 stem without pooling (He et al. 2016), and a linear layer of inter_dim features."""
+    """ResNet-18 (He et al. 2016) for 32x32 images: a 3x3 stem without pooling, and the linear penultimate layer."""
     blocks = [Block(64, 64, 1), Block(64, 64, 1)]
     for width in (128, 256, 512):
         blocks += [Block(width // 2, width, 2), Block(width, width, 1)]
@@ -72,8 +72,8 @@ class Block(nn.Module):
         return F.relu(self.bn2(self.conv2(inner)) + self.shortcut(images))
 
 
-def build(name: str, channels: int, inter_dim: int, num_classes: int, generator_seed: int) -> Classifier:
+def build(name: str, channels: int, inter_dim: int, num_classes: int, seed: int) -> Classifier:
     """The model of that name, its initial weights fixed by the seed; PyTorch's own generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator_seed)
+        torch.manual_seed(seed)
         return {"small": small, "resnet18": resnet18}[name](channels, inter_dim, num_classes)

@@ -65,8 +65,16 @@ def build(config: Config, num_classes: int) -> nn.Module:
         return Stability(config.loss_weight)
     if config.method == "discriminative":
         loss = DiscriminativeLoss(
-            num_classes, config.inter_dim, config.delta_var, config.delta_dist, config.norm, config.alpha, config.beta,
-            config.gamma, config.centroid_momentum, backend=config.backend,
+            num_classes,
+            config.inter_dim,
+            config.delta_var,
+            config.delta_dist,
+            config.norm,
+            config.alpha,
+            config.beta,
+            config.gamma,
+            config.centroid_momentum,
+            backend=config.backend,
         )
         return Discriminative(config.loss_weight, loss)
     return CrossEntropy(*{"normal": ("clean",), "noisy": ("noisy",), "both": ("clean", "noisy")}[config.method])
