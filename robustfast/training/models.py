@@ -26,13 +26,14 @@ class Classifier(nn.Module):
 
 
 def small(channels: int, inter_dim: int, num_classes: int) -> Classifier:
-    """Two 3x3 convolutions and a pooling to 4x4, for small images of any size."""
+    """Two 3x3 convolutions and pooling to 4x4, for small images of any size."""
     backbone = nn.Sequential(
         nn.Conv2d(channels, 32, 3, padding=1),
         nn.ReLU(),
         nn.Conv2d(32, 64, 3, padding=1),
         nn.ReLU(),
-        nn.AdaptiveMaxPool2d(4),
+        nn.MaxPool2d(2),
+        nn.AdaptiveAvgPool2d(4),
         nn.Flatten(),
     )
     return Classifier(backbone, 64 * 4 * 4, inter_dim, num_classes)
