@@ -1,0 +1,75 @@
+// Sums and scans over a warp and a block. Orders are fixed, so results are the same bit for bit in every run.
+#pragma once
+
+#include "cuda/device.cuh"
+
+namespace robustfast {
+
+constexpr unsigned all_lanes = 0xffffffffu;
+constexpr int max_warps = 32;
+
+RF_DEVICE int lane_id() { return int(threadIdx.x % 32); }
+RF_DEVICE int warp_id() { return int(threadIdx.x / 32); }
+RF_DEVICE int num_warps() { return int(blockDim.x / 32); }
+
+// Sum over groups of `width` neighbouring lanes, a power of two; every lane gets it.
+template <class F>
+RF_DEVICE F lanes_sum(F value, int width = 32) {
+  for (int step = width / 2; step > 0; step /= 2) value += __shfl_xor_sync(all_lanes, value, step);
+  return value;
+}
+
+// Sums over the block; every thread gets them. All threads call it.
+template <int count, class F>
+RF_DEVICE void block_sum(F (&value)[count]) {
+  __shared__ F of_warp[count][max_warps];
+  RF_UNROLL
+  for (int k = 0; k < count; ++k) value[k] = lanes_sum(value[k]);
+  __syncthreads();  // of an earlier call's reads
+  if (lane_id() == 0) {
+    RF_UNROLL
+    for (int k = 0; k < count; ++k) of_warp[k][warp_id()] = value[k];
+  }
+  __syncthreads();
+  RF_UNROLL
+  for (int k = 0; k < count; ++k) {
+    value[k] = lanes_sum(lane_id() < num_warps() ? of_warp[k][lane_id()] : F(0));
+  }
+}
+
+// The sum over the threads before this one; `total` gets that over all. All threads call it.
+template <class I>
+RF_DEVICE I block_scan(I value, I& total) {
+  __shared__ I of_warp[max_warps];
+  I before = value;
+  for (int step = 1; step < 32; step *= 2) {
+    const I other = __shfl_up_sync(all_lanes, before, step);
+    if (lane_id() >= step) before += other;
+  }
+  __syncthreads();  // of an earlier call's reads
+  if (lane_id() == 31) of_warp[warp_id()] = before;
+  __syncthreads();
+  I warps_before = 0, sum = 0;
+  for (int w = 0; w < num_warps(); ++w) {
+    if (w < warp_id()) warps_before += of_warp[w];
+    sum += of_warp[w];
+  }
+  total = sum;
+  return warps_before + before - value;
+}
+
+// Whether this block is the last of `count` to come here, so that it sees what the others wrote. All threads call it.
+RF_DEVICE bool last_to_arrive(unsigned* counter, unsigned count) {
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    last = atomicAdd(counter, 1) == count - 1;
+    if (last) *counter = 0;
+    __threadfence();
+  }
+  __syncthreads();
+  return last;
+}
+
+}  // namespace robustfast

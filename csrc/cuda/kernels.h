@@ -1,0 +1,53 @@
+// The CUDA kernels' launchers: plain pointers, sizes, strides in elements and a stream of the current device, no
+// PyTorch. docs/ops.md says what the ops compute; outputs are contiguous.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cpu/tensor.h"
+
+namespace robustfast::cuda {
+
+struct LossParams {
+  Matrix input, input_noise, target, weight, bias;  // input_noise and bias may be null
+  int64_t n, dim, num_classes;
+  void* centroids;
+  bool* seen;
+  double delta_var, delta_dist;
+  int64_t norm;
+  double alpha, beta, gamma, momentum;
+  bool update_state;
+  int64_t ignore_index;
+  void *loss, *terms;
+  int32_t* slot;
+  void *pull, *tables;
+  int32_t* classes;
+  void* boundary_bias;
+};
+
+struct LossBackwardParams {
+  const void* grad_loss;
+  Matrix input, input_noise;
+  int64_t n, dim, num_classes;
+  const int32_t* slot;
+  const void *pull, *tables;
+  const int32_t* classes;
+  const void* boundary_bias;
+  int64_t norm;
+  void *grad_input, *grad_input_noise;  // null where not wanted
+  Dtype weight_dtype;
+  void *grad_weight, *grad_bias;
+};
+
+// `scratch` holds as many bytes as the function of the same parameters says, aligned to 16; nobody reads it afterwards.
+// Small problems need none.
+size_t discriminative_loss_scratch(const LossParams& params);
+cudaError_t discriminative_loss(const LossParams& params, void* scratch, cudaStream_t stream);
+
+size_t discriminative_loss_backward_scratch(const LossBackwardParams& params);
+cudaError_t discriminative_loss_backward(const LossBackwardParams& params, void* scratch, cudaStream_t stream);
+
+}  // namespace robustfast::cuda

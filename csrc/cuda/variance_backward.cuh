@@ -1,0 +1,72 @@
+// The gradients of the features, one streaming pass:
+//   df_i = grad_loss (pull_0i direction(f_i - m_c) + center_grad_c),  dg_i = grad_loss pull_1i direction(g_i - m_c)
+#pragma once
+
+#include "cuda/pack.cuh"
+
+namespace robustfast::cuda {
+
+constexpr int variance_backward_threads = 256;
+
+template <class T, int norm, class Wide>
+RF_DEVICE void sample_gradient(const LossGrads<Wide>& a, Wide grad_loss, int64_t i, int64_t column, bool whole) {
+  constexpr int count = pack_size<T>;
+  const int64_t row = a.slot[i];
+  Pack<T, count> view[2];
+  Pack<Wide, count> center, shared;
+  Wide factor[2] = {0, 0};
+  void* const grads[2] = {a.grad_input, a.grad_input_noise};
+  if (row >= 0) {
+    RF_UNROLL
+    for (int v = 0; v < 2; ++v) {
+      const Matrix& features = v == 0 ? a.input : a.input_noise;
+      if (!grads[v]) continue;
+      view[v] = load_pack<count>(row_of<T>(features, i), column, a.dim, whole);
+      factor[v] = grad_loss * a.pull[v * a.n + i];
+    }
+    center = load_pack<count>(a.center + row * a.dim, column, a.dim, whole);
+    shared = load_pack<count>(a.center_grad + row * a.dim, column, a.dim, whole);
+  }
+  RF_UNROLL
+  for (int v = 0; v < 2; ++v) {
+    if (!grads[v]) continue;
+    Pack<T, count> grad;
+    RF_UNROLL
+    for (int k = 0; k < count; ++k) {
+      Wide value = 0;
+      if (row >= 0) {
+        value = factor[v] * direction<norm>(Wide(to_float(view[v].value[k])) - center.value[k]);
+        if (v == 0) value += grad_loss * shared.value[k];
+      }
+      grad.value[k] = from_float<T>(value);
+    }
+    store_pack(static_cast<T*>(grads[v]) + i * a.dim, column, a.dim, whole, grad);
+  }
+}
+
+// The part of `block`, of as many as `blocks`; every thread of them calls it.
+template <class T, int norm, class Wide>
+RF_DEVICE void variance_backward(const LossGrads<Wide>& a, int64_t block, int64_t blocks, bool whole) {
+  constexpr int count = pack_size<T>;
+  const Wide grad_loss = *a.grad_loss;
+  const Teams teams((a.dim + count - 1) / count, variance_backward_threads);
+  for (int64_t i = block * teams.count + teams.team(); i < a.n; i += blocks * teams.count) {
+    for (int64_t column = int64_t(teams.rank()) * count; column < a.dim; column += int64_t(teams.size) * count) {
+      sample_gradient<T, norm>(a, grad_loss, i, column, whole);
+    }
+  }
+}
+
+template <class T, class Wide>
+bool whole_packs(const LossGrads<Wide>& a) {
+  return whole_packs(a.input, a.dim, sizeof(T)) && whole_packs(a.input_noise, a.dim, sizeof(T));
+}
+
+// Blocks that give every team one sample.
+template <class T, class Wide>
+int64_t variance_backward_blocks(const LossGrads<Wide>& a) {
+  const Teams teams((a.dim + pack_size<T> - 1) / pack_size<T>, variance_backward_threads);
+  return (a.n + teams.count - 1) / teams.count;
+}
+
+}  // namespace robustfast::cuda

@@ -1,0 +1,46 @@
+"""Builds the CUDA backend with g++ for the CPU: the same kernels, launchers and bindings under the library
+``robustfast_emulated``, whose ops take CPU tensors."""
+
+from __future__ import annotations
+
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch.utils.cpp_extension import include_paths
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parents[1] / "csrc"
+FLAGS = [
+    *("-std=c++20", "-O2", "-fPIC", "-Wall", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE", "-ffp-contract=off"),
+    *("-fvisibility=hidden", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"),
+    *("-DRF_CUDA_LIBRARY=robustfast_emulated", "-DRF_CUDA_KEY=CPU"),
+]
+
+
+def build(directory: Path) -> Path:
+    """Compile into ``directory``; returns the shared library."""
+    sources = [*sorted(CSRC.glob("cuda/*.cu")), *sorted(CSRC.glob("ops/*_cuda.cpp")), CSRC / "ops/schemas.cpp"]
+    sources += [HERE / "emulation.cpp", HERE / "torch.cpp"]
+    includes = [f"-I{path}" for path in (HERE, CSRC, *include_paths())]
+
+    def compile(source: Path) -> Path:
+        target = directory / f"{source.parent.name}_{source.stem}.o"
+        rename = ["-Drobustfast=robustfast_emulated"] if source.name == "schemas.cpp" else []
+        _run(["g++", *FLAGS, *rename, *includes, "-x", "c++", "-c", str(source), "-o", str(target)])
+        return target
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile, sources))
+    library = directory / "librobustfast_emulated.so"
+    lib = Path(torch.__file__).parent / "lib"
+    # The functions of torch.cpp are the library's own, whatever PyTorch exports under the same names.
+    _run(["g++", "-shared", "-Wl,-Bsymbolic", *map(str, objects), f"-L{lib}", "-ltorch_cpu", "-o", str(library)])
+    return library
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")

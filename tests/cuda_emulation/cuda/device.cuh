@@ -1,0 +1,97 @@
+// Stands in for csrc/cuda/device.cuh: the same functions in plain C++, for kernels that run under emulation.h.
+#pragma once
+
+#include <cmath>
+#include <tuple>
+
+#include "emulation.h"
+#include "math/half.h"
+
+#define RF_DEVICE inline
+#define RF_UNROLL
+
+namespace robustfast {
+
+RF_DEVICE unsigned char* shared_memory() { return emulation::shared; }
+
+RF_DEVICE void device_assert(bool holds, const char* message) {
+  if (!holds) emulation::fail_assertion(message);
+}
+
+struct alignas(16) Vector16 {
+  uint32_t word[4];
+};
+
+inline void check_alignment(const void* at) {
+  if (reinterpret_cast<uintptr_t>(at) % 16) emulation::fail_assertion("a 16-byte access is not aligned");
+}
+RF_DEVICE Vector16 load16(const void* from) {
+  check_alignment(from);
+  Vector16 value;
+  memcpy(&value, from, 16);
+  return value;
+}
+RF_DEVICE Vector16 load16_once(const void* from) { return load16(from); }
+RF_DEVICE void store16_once(void* to, Vector16 value) {
+  check_alignment(to);
+  memcpy(to, &value, 16);
+}
+
+RF_DEVICE uint32_t pack_bfloat16(float low, float high) {
+  return uint32_t(from_float<bfloat16>(high).bits) << 16 | from_float<bfloat16>(low).bits;
+}
+
+// Matrix j of the four has its rows at the addresses that lanes 8 j ... 8 j + 7 give; see csrc/cuda/device.cuh.
+RF_DEVICE void load_matrices(uint32_t (&fragment)[4], const uint16_t* row) {
+  check_alignment(row);
+  const auto rows = emulation::gather("load_matrices", row);
+  const unsigned lane = emulation::lane();
+  for (unsigned j = 0; j < 4; ++j) memcpy(&fragment[j], rows[8 * j + lane / 4] + 2 * (lane % 4), 4);
+}
+
+// PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type": A (16, 16) by rows, B (16, 8) by columns.
+RF_DEVICE void multiply_add(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  struct A {
+    uint32_t word[4];
+  };
+  struct B {
+    uint32_t word[2];
+  };
+  const auto as = emulation::gather("multiply_add A", A{{a[0], a[1], a[2], a[3]}});
+  A all_a[32];
+  for (unsigned l = 0; l < 32; ++l) all_a[l] = as[l];
+  const auto bs = emulation::gather("multiply_add B", B{{b[0], b[1]}});
+  const auto half = [](uint32_t word, unsigned high) {
+    return to_float(bfloat16{uint16_t(high ? word >> 16 : word & 0xffff)});
+  };
+  const unsigned lane = emulation::lane();
+  for (unsigned c = 0; c < 4; ++c) {
+    const unsigned row = lane / 4 + 8 * (c / 2), column = 2 * (lane % 4) + c % 2;
+    float total = sum[c];
+    for (unsigned k = 0; k < 16; ++k) {
+      const A from_a = all_a[4 * (row % 8) + k % 8 / 2];
+      const B from_b = bs[4 * column + k % 8 / 2];
+      total += half(from_a.word[row / 8 + 2 * (k / 8)], k % 2) * half(from_b.word[k / 8], k % 2);
+    }
+    sum[c] = total;
+  }
+}
+
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, unsigned block, size_t shared_bytes, cudaStream_t,
+                   const Arguments&... arguments) {
+  struct Call {
+    void (*kernel)(Parameters...);
+    std::tuple<Parameters...> arguments;
+  } call{kernel, {arguments...}};
+  const bool done = emulation::run(
+      grid, block, shared_bytes,
+      [](void* context) {
+        Call& call = *static_cast<Call*>(context);
+        std::apply(call.kernel, call.arguments);
+      },
+      &call);
+  return done ? cudaSuccess : cudaErrorAssert;
+}
+
+}  // namespace robustfast
