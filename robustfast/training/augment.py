@@ -19,6 +19,9 @@ class Placements(NamedTuple):
     def take(self, index: Tensor) -> Placements:
         return Placements(self.top[index], self.left[index], self.mirrored[index])
 
+    def to(self, device: torch.device) -> Placements:
+        return Placements(*(part.to(device) for part in self))
+
 
 def draw_placements(count: int, padding: int, flip: bool, generator: torch.Generator) -> Placements:
     """Corners uniform on 0..2 padding, mirrored with probability 1/2 if ``flip`` holds."""
@@ -31,7 +34,7 @@ def place(images: Tensor, placements: Placements, padding: int) -> Tensor:
     """Pad (N, C, H, W) with zeros, crop each image to its old size at its corner, then mirror it left to right."""
     n, channels, height, width = images.shape
     device = images.device
-    top, left, mirrored = (part.to(device).unsqueeze(1) for part in placements)
+    top, left, mirrored = (part.unsqueeze(1) for part in placements)
     column = torch.arange(width, device=device)
     rows = top + torch.arange(height, device=device)
     columns = left + torch.where(mirrored, width - 1 - column, column)

@@ -82,9 +82,13 @@ class Config:
         """The learning rate in this epoch, counted from 0: a function of the epoch alone, so it needs no state."""
         return self.lr * self.decay ** sum(epoch >= milestone for milestone in self.milestones)
 
+    def as_json(self) -> dict[str, Any]:
+        """The settings by name, in types that JSON has."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+
 
 def from_json(settings: dict[str, Any]) -> Config:
-    """The Config that ``dataclasses.asdict`` and JSON made ``settings`` of.
+    """The Config that :meth:`Config.as_json` made ``settings`` of.
 
     Raises:
         ValueError: a setting is unknown or out of range.

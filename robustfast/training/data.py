@@ -84,16 +84,22 @@ def npz(path: Path) -> DataSet:
     Raises:
         ValueError: an array is missing or otherwise; pickled objects are never loaded.
     """
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            missing = [name for name in ("x_train", "y_train", "x_test", "y_test") if name not in arrays]
-            if missing:
-                raise ValueError(f"{path}: no {', '.join(missing)}; it holds {', '.join(arrays) or 'nothing'}")
-            train = _npz_part(path, arrays, "train")
-            test = _npz_part(path, arrays, "test")
-    except (zipfile.BadZipFile, AttributeError, TypeError, EOFError) as error:
-        raise ValueError(f"{path}: expected an .npz file of arrays ({error})") from error
+    with _open_npz(path) as arrays:
+        missing = [name for name in ("x_train", "y_train", "x_test", "y_test") if name not in arrays]
+        if missing:
+            raise ValueError(f"{path}: no {', '.join(missing)}; it holds {', '.join(arrays) or 'nothing'}")
+        train, test = (_npz_part(path, arrays, part) for part in ("train", "test"))
     return _checked(path, DataSet(train, test, tuple(map(str, range(int(train.labels.max()) + 1)))))
+
+
+def _open_npz(path: Path) -> np.lib.npyio.NpzFile:
+    try:
+        arrays = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: expected an .npz file: {error}") from error
+    if not isinstance(arrays, np.lib.npyio.NpzFile):
+        raise ValueError(f"{path}: expected an .npz file, got a single array")
+    return arrays
 
 
 def _npz_part(path: Path, arrays: np.lib.npyio.NpzFile, part: str) -> Images:

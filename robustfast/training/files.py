@@ -54,17 +54,22 @@ def save_checkpoint(run: Path, epoch: int, tensors: dict[str, Tensor], rest: dic
             old.unlink()
 
 
-def load_checkpoint(run: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, rest) of the last state that was written whole; ``rest`` has ``epoch`` as well.
+def load_state(run: Path) -> dict[str, Any]:
+    """``rest`` of the last checkpoint that was written whole, and its ``epoch``.
 
     Raises:
         FileNotFoundError: there is none.
         ValueError: another version of the package wrote it.
     """
-    rest = torch.load(run / STATE, weights_only=True, map_location="cpu")
-    if rest["format"] != FORMAT:
-        raise ValueError(f"{run / STATE}: expected format {FORMAT}, got {rest['format']}")
-    return load_file(_tensor_file(run, rest["epoch"])), rest
+    state = torch.load(run / STATE, weights_only=True, map_location="cpu")
+    if state["format"] != FORMAT:
+        raise ValueError(f"{run / STATE}: expected format {FORMAT}, got {state['format']}")
+    return state
+
+
+def load_tensors(run: Path, epoch: int) -> dict[str, Tensor]:
+    """``tensors`` of the checkpoint after that epoch."""
+    return load_file(_tensor_file(run, epoch))
 
 
 def _tensor_file(run: Path, epoch: int) -> Path:

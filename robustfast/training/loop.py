@@ -6,7 +6,6 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 import robustfast
 from robustfast.backends import resolve
-from robustfast.evaluation import accuracy, noise_curve
+from robustfast.evaluation import noise_curve
 from robustfast.functional import noisy_pair
 from robustfast.training import data, files, models, recipes
 from robustfast.training.augment import Placements, draw_placements, place
@@ -65,12 +64,15 @@ class Run:
     def save(self, path: Path, setup: Setup) -> None:
         tensors = {f"{part}.{name}": tensor for part, state in self._states().items() for name, tensor in state.items()}
         rest = {
-            "config": asdict(setup.config), "fingerprint": setup.fingerprint, "optimizer": self.optimizer.state_dict(),
-            "history": self.history, "seconds": self.seconds,
-        }  # fmt: skip
+            "config": setup.config.as_json(),
+            "fingerprint": setup.fingerprint,
+            "optimizer": self.optimizer.state_dict(),
+            "history": self.history,
+            "seconds": self.seconds,
+        }
         files.save_checkpoint(path, len(self.history), tensors, rest)
 
-    def load(self, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
+    def load(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         parts: dict[str, dict[str, Tensor]] = {part: {} for part in self._states()}
         for name, tensor in tensors.items():
             part, _, key = name.partition(".")
@@ -78,8 +80,8 @@ class Run:
         self.model.load_state_dict(parts["model"])
         self.recipe.load_state_dict(parts["recipe"])
         self.best = parts["best"]
-        self.optimizer.load_state_dict(rest["optimizer"])
-        self.history, self.seconds = rest["history"], rest["seconds"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.history, self.seconds = state["history"], state["seconds"]
 
     def _states(self) -> dict[str, dict[str, Tensor]]:
         return {"model": self.model.state_dict(), "recipe": self.recipe.state_dict(), "best": self.best}
@@ -125,12 +127,12 @@ def resume(out: Path, on_epoch: Callable[[dict[str, float]], None] | None = None
     """
     if (out / files.RESULTS).exists():
         return files.read_json(out / files.RESULTS)
-    tensors, rest = files.load_checkpoint(out)
-    setup = prepare(from_json(rest["config"]))
-    if setup.fingerprint != rest["fingerprint"]:
+    state = files.load_state(out)
+    setup = prepare(from_json(state["config"]))
+    if setup.fingerprint != state["fingerprint"]:
         raise ValueError(f"{out}: {setup.config.data} is not the data this run began with")
     run = Run(setup)
-    run.load(tensors, rest)
+    run.load(files.load_tensors(out, state["epoch"]), state)
     return _go_on(setup, run, out, on_epoch)
 
 
@@ -153,7 +155,7 @@ def prepare(config: Config) -> Setup:
 
 def saved_config(out: Path) -> Config:
     """The settings of the run in ``out``; FileNotFoundError if there is none."""
-    return from_json(files.load_checkpoint(out)[1]["config"])
+    return from_json(files.load_state(out)["config"])
 
 
 def pick_device(name: str) -> torch.device:
@@ -181,19 +183,18 @@ def _go_on(
 
 def train_epoch(setup: Setup, run: Run) -> dict[str, float]:
     """One pass over the training images, then validation; the record goes to the history and is returned."""
-    config, epoch, count = setup.config, len(run.history), len(setup.train_ids)
+    config, epoch = setup.config, len(run.history)
     for group in run.optimizer.param_groups:
         group["lr"] = config.learning_rate(epoch)
     run.model.train()
     total = torch.zeros((), device=setup.train_ids.device)
-    order = torch.randperm(count, generator=generator(config.seed, "order", epoch)).to(total.device)
-    for index, (clean, noisy) in zip(order.split(config.batch_size), views(setup, order, epoch), strict=True):
-        loss = run.recipe(run.model, recipes.Batch(clean, noisy, setup.train.labels[index]))
+    for batch in batches(setup, epoch):
+        loss = run.recipe(run.model, batch)
         run.optimizer.zero_grad()
         loss.backward()
         run.optimizer.step()
-        total += loss.detach() * len(index)
-    if not math.isfinite(mean_loss := float(total) / count):
+        total += loss.detach() * len(batch.target)
+    if not math.isfinite(mean_loss := float(total) / len(setup.train_ids)):
         raise FloatingPointError(f"epoch {epoch + 1}: the loss is {mean_loss}; a lower learning rate may help")
     record = {"epoch": epoch + 1, "lr": config.learning_rate(epoch), "loss": mean_loss, **validate(setup, run.model)}
     run.history.append(record)
@@ -202,41 +203,40 @@ def train_epoch(setup: Setup, run: Run) -> dict[str, float]:
     return record
 
 
-def views(setup: Setup, order: Tensor, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The normalised clean and noisy views of each batch in ``order``; the noise is draw ``epoch`` of each sample."""
-    config = setup.config
-    noise: dict[str, Any] = {
-        **setup.normalization,
-        "seed": stream(config.seed, "noise"),
-        "draw": epoch,
-        "backend": config.backend,
-    }
+def batches(setup: Setup, epoch: int) -> Iterator[recipes.Batch]:
+    """The training images in the epoch's order; the noise is draw ``epoch`` of each sample."""
+    config, device, count = setup.config, setup.train_ids.device, len(setup.train_ids)
+    order = torch.randperm(count, generator=generator(config.seed, "order", epoch)).to(device)
     clean_places, noisy_places = (
-        draw_placements(len(order), config.crop, config.flip, generator(config.seed, "augmentation", view, epoch))
+        draw_placements(count, config.crop, config.flip, generator(config.seed, "places", view, epoch)).to(device)
         for view in ("clean", "noisy")
     )
+    noise_seed = stream(config.seed, "noise")
 
-    def placed(index: Tensor, places: Placements) -> Tensor:
+    def views(index: Tensor, places: Placements) -> tuple[Tensor, Tensor]:
         pixels = setup.train.pixels[index]
-        return place(pixels, places.take(index.cpu()), config.crop) if config.crop or config.flip else pixels
+        if config.crop or config.flip:
+            pixels = place(pixels, places.take(index), config.crop)
+        return noisy_pair(
+            pixels, config.sigma, **setup.normalization, seed=noise_seed, sample_ids=setup.train_ids[index], draw=epoch,
+            backend=config.backend,
+        )  # fmt: skip
 
     for index in order.split(config.batch_size):
-        ids = setup.train_ids[index]
-        clean, noisy = noisy_pair(placed(index, clean_places), config.sigma, sample_ids=ids, **noise)
+        clean, noisy = views(index, clean_places)
         if config.noise_view == "independent":
-            _, noisy = noisy_pair(placed(index, noisy_places), config.sigma, sample_ids=ids, **noise)
-        yield clean, noisy
+            _, noisy = views(index, noisy_places)
+        yield recipes.Batch(clean, noisy, setup.train.labels[index])
 
 
 def validate(setup: Setup, model: nn.Module) -> dict[str, float]:
     """Accuracy on clean and on noisy validation images, and their mean, by which the best epoch is chosen."""
     config = setup.config
-    settings: dict[str, Any] = {
-        **setup.normalization,
-        "seed": stream(config.seed, "validation noise"),
-        "backend": config.backend,
-    }
-    clean, noisy = (accuracy(model, *setup.validation, sigma, **settings) for sigma in (0.0, config.sigma))
+    curve = noise_curve(
+        model, *setup.validation, [config.sigma], **setup.normalization, seed=stream(config.seed, "validation noise"),
+        backend=config.backend,
+    )  # fmt: skip
+    clean, noisy = (point["accuracy"] for point in curve)
     return {"validation_clean": clean, "validation_noisy": noisy, "validation": (clean + noisy) / 2}
 
 
@@ -246,7 +246,7 @@ def finish(setup: Setup, run: Run, out: Path | None) -> dict[str, Any]:
     run.model.load_state_dict(run.best)
     results = {
         "format": files.FORMAT,
-        "config": asdict(config),
+        "config": config.as_json(),
         "data": {
             "classes": list(setup.classes),
             "image": list(setup.train.pixels.shape[1:]),
@@ -272,7 +272,7 @@ def finish(setup: Setup, run: Run, out: Path | None) -> dict[str, Any]:
         },
     }  # fmt: skip
     if out is not None:
-        about = {"config": asdict(config), "classes": setup.classes, "image": setup.train.pixels.shape[1:],
+        about = {"config": config.as_json(), "classes": setup.classes, "image": list(setup.train.pixels.shape[1:]),
                  "normalization": setup.normalization}  # fmt: skip
         files.save_model(out / files.MODEL, run.best, about)
         files.write_json(out / files.RESULTS, results)

@@ -76,5 +76,5 @@ class Block(nn.Module):
 def build(name: str, channels: int, inter_dim: int, num_classes: int, seed: int) -> Classifier:
     """The model of that name, its initial weights fixed by the seed; PyTorch's own generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         return {"small": small, "resnet18": resnet18}[name](channels, inter_dim, num_classes)
