@@ -1,0 +1,266 @@
+"""Margin: (1/P) sum_c max_{i != c} max(delta_d + ((W_i - W_c) . mu_c + b_i - b_c) / ||W_i - W_c||, 0).
+
+Three steps: squared norms and keys of W's rows; the winner of each class, on the matrix units; the winner's score and
+gradient, computed again from its two rows of W. Nothing of size P x K is stored.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from robustfast.triton_ops.grouping import HEAD, NOT_FINITE, PRESENT
+from robustfast.triton_ops.rows import exact_sqrt, load_row, load_samples, quotient_or_zero, scalar
+
+NO_SCORE = tl.constexpr(float("-inf"))
+NOBODY = tl.constexpr(2**31 - 1)
+
+
+class MarginTiles(NamedTuple):
+    """How the winner's search is cut: BLOCK_C classes of the batch against BLOCK_K rows of W, BLOCK_D features at a time."""
+
+    block_c: int
+    block_k: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+    programs: int  # on one multiprocessor at a time
+
+
+def margin_tiles(dtype: torch.dtype, dim: int, precision: str) -> MarginTiles:
+    """Tiles for the operands' dtype. Both accumulators stay in registers beside the running best."""
+    if dtype == torch.float64:
+        return MarginTiles(16, 32, 16, 4, 1, 2)
+    if dtype == torch.float32:
+        return MarginTiles(64, 64, 32, 4, 2, 2) if precision != "tf32" else MarginTiles(64, 64, 32, 4, 3, 2)
+    return MarginTiles(64, 128, 64 if dim > 32 else 32, 4, 3, 2)
+
+
+class MarginWork(NamedTuple):
+    """The grid of the winner's search, and how many (block of classes, split of W) items it may be cut into."""
+
+    programs: int
+    items: int
+
+
+def margin_work(tiles: MarginTiles, rows: int, num_classes: int, processors: int) -> MarginWork:
+    """One wave of programs if W is short, else up to four, so that the last one costs little; at least one item a block."""
+    blocks, steps = triton.cdiv(rows, tiles.block_c), triton.cdiv(num_classes, tiles.block_k)
+    wave = processors * tiles.programs
+    waves = 4 if steps > 64 else 1
+    programs = min(wave, blocks * steps)
+    return MarginWork(programs, max(blocks, min(waves * wave, blocks * steps)))
+
+
+def matmul_precision(dtype: torch.dtype) -> str:
+    """float32 products take three TF32 passes, or one where PyTorch's matmul settings allow TF32."""
+    if dtype != torch.float32 or torch.version.hip is not None:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+
+
+@triton.jit
+def describe_weight(weight, w_k, w_d, bias, square, key, index, num_classes, dim, block, WIDE: tl.constexpr,
+                    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
+    """||W_i||^2 and a key of the row's bits, for BLOCK_K rows.
+
+    The key is a sum modulo 2^64 of the bits times odd numbers, its upper half kept: with the squared norms it tells
+    equal rows, between which there is no boundary, from merely close ones.
+    """
+    k = block * BLOCK_K + tl.arange(0, BLOCK_K)
+    squares = tl.zeros((BLOCK_K,), WIDE)
+    keys = tl.zeros((BLOCK_K,), tl.int64)
+    for d0 in range(0, dim, BLOCK_D):
+        d = d0 + tl.arange(0, BLOCK_D)
+        w = load_samples(weight, w_k, w_d, k, k < num_classes, d, dim, WIDE) + 0.0  # -0 becomes 0
+        squares += tl.sum(w * w, axis=1)
+        bits = w.to(tl.int64 if WIDE == tl.float64 else tl.int32, bitcast=True).to(tl.int64)
+        mixed = (d + 1).to(tl.int64) * -7046029254386353131
+        odd = (mixed ^ (mixed >> 29)) * -4658895280553007687 | 1
+        keys += tl.sum((bits ^ (bits >> 16)) * odd[None, :], axis=1)
+    tl.store(square + k, squares, mask=k < num_classes)
+    tl.store(key + k, (keys >> 32).to(tl.int32), mask=k < num_classes)
+    not_finite = (squares - squares != 0) & (k < num_classes)
+    if bias is not None:
+        b = tl.load(bias + k, mask=k < num_classes, other=0)
+        not_finite = not_finite | (b != b)
+    if tl.max(not_finite.to(tl.int32)) > 0:
+        tl.atomic_max(index + NOT_FINITE, 1)
+
+
+@triton.jit
+def splits_of(present, max_items, num_classes, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Into how many pieces W is cut for each of the blocks of classes, and the number of these blocks."""
+    blocks = tl.cdiv(present, BLOCK_C)
+    return tl.minimum(tl.cdiv(num_classes, BLOCK_K), max_items // tl.maximum(blocks, 1)), blocks
+
+
+@triton.jit
+def margin_kernel(
+    low, weight, w_k, w_d, bias, square, key, own, classes, index,  # (R, D), (K, D), strides, (K,) x 3, (R,), (2, R)
+    best_score, best_class,  # (items, BLOCK_C)
+    num_classes, dim, max_items,
+    PRECISION: tl.constexpr, EVEN_D: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The best score and its class, of each split of W, for blocks of the batch's classes."""
+    present = tl.load(index + PRESENT)
+    splits, blocks = splits_of(present, max_items, num_classes, BLOCK_C, BLOCK_K)
+    steps = tl.cdiv(num_classes, BLOCK_K)
+    for item in range(tl.program_id(0), splits * blocks, tl.num_programs(0)):
+        block, split = item % blocks, item // blocks
+        first = (tl.cast(split, tl.int64) * steps // splits).to(tl.int32)
+        last = (tl.cast(split + 1, tl.int64) * steps // splits).to(tl.int32)
+        score, winner = search(
+            low, weight, w_k, w_d, bias, square, key, own, classes, block, first, last, present, num_classes, dim,
+            PRECISION, EVEN_D, BLOCK_C, BLOCK_K, BLOCK_D,
+        )  # fmt: skip
+        c = tl.arange(0, BLOCK_C)
+        tl.store(best_score + item * BLOCK_C + c, score)
+        tl.store(best_class + item * BLOCK_C + c, winner)
+
+
+@triton.jit
+def search(
+    low, weight, w_k, w_d, bias, square, key, own, classes, block, first, last, present, num_classes, dim,
+    PRECISION: tl.constexpr, EVEN_D: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Rows block*BLOCK_C.. against tiles first..last-1 of W. Rows and columns past the end repeat the last one."""
+    LOW: tl.constexpr = low.dtype.element_ty
+    WIDE: tl.constexpr = own.dtype.element_ty
+    row = tl.minimum(block * BLOCK_C + tl.arange(0, BLOCK_C), present - 1)
+    label = tl.load(classes + row)
+    own_logit, own_square, own_key = tl.load(own + row), tl.load(square + label), tl.load(key + label)
+    mu_rows = low + row.to(tl.int64)[:, None] * dim
+    own_rows = weight + label.to(tl.int64)[:, None] * w_k
+    score = tl.full((BLOCK_C,), NO_SCORE, WIDE)
+    winner = tl.full((BLOCK_C,), NOBODY, tl.int32)
+    for step in range(first, last):
+        k = tl.minimum(step * BLOCK_K + tl.arange(0, BLOCK_K), num_classes - 1)
+        rows = weight + k.to(tl.int64)[None, :] * w_k
+        logit = tl.zeros((BLOCK_C, BLOCK_K), WIDE)
+        gram = tl.zeros((BLOCK_C, BLOCK_K), WIDE)
+        for d0 in range(0, dim, BLOCK_D):
+            d = d0 + tl.arange(0, BLOCK_D)
+            across = d.to(tl.int64) * w_d
+            if EVEN_D:
+                mu = tl.load(mu_rows + d[None, :])
+                w_c = tl.load(own_rows + across[None, :]).to(LOW)
+                w = tl.load(rows + across[:, None]).to(LOW)
+            else:
+                mu = tl.load(mu_rows + d[None, :], mask=(d < dim)[None, :], other=0)
+                w_c = tl.load(own_rows + across[None, :], mask=(d < dim)[None, :], other=0).to(LOW)
+                w = tl.load(rows + across[:, None], mask=(d < dim)[:, None], other=0).to(LOW)
+            logit = tl.dot(mu, w, logit, input_precision=PRECISION, out_dtype=WIDE)
+            gram = tl.dot(w_c, w, gram, input_precision=PRECISION, out_dtype=WIDE)
+        if bias is not None:
+            logit += tl.load(bias + k).to(WIDE)[None, :]
+        squares = tl.load(square + k)[None, :]
+        distance2 = squares + own_square[:, None] - 2 * gram
+        scores = (logit - own_logit[:, None]) * tl.rsqrt(tl.maximum(distance2, 1.1754943508222875e-38))
+        same = (tl.load(key + k)[None, :] == own_key[:, None]) & (squares == own_square[:, None])
+        scores = tl.where(same, NO_SCORE, scores)
+        top = tl.max(scores, axis=1)
+        leader = tl.min(tl.where(scores == top[:, None], k[None, :], NOBODY), axis=1)
+        better = top > score
+        winner = tl.where(better, leader, winner)
+        score = tl.where(better, top, score)
+    return score, winner
+
+
+@triton.jit
+def merge_splits(best_score, best_class, row, splits, blocks, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr):
+    """The class with the highest score over the splits of W, the lowest on ties; NOBODY if there is no boundary."""
+    top = tl.full((BLOCK,), NO_SCORE, best_score.dtype.element_ty)
+    winner = tl.full((BLOCK,), NOBODY, tl.int32)
+    for split in range(0, splits, BLOCK):
+        s = split + tl.arange(0, BLOCK)
+        at = row + s * blocks * BLOCK_C
+        score = tl.load(best_score + at, mask=s < splits, other=NO_SCORE)
+        better = score > top
+        winner = tl.where(better, tl.load(best_class + at, mask=s < splits, other=NOBODY), winner)
+        top = tl.where(better, score, top)
+    return tl.min(tl.where(top == tl.max(top), winner, NOBODY))
+
+
+@triton.jit
+def boundary(weight, w_k, w_d, bias, mu, label, winner, d, dim, delta_dist, share, WIDE: tl.constexpr):
+    """The hinge of one class's margin, its gradients in W_winner, in b_winner and in mu, and whether it is active."""
+    found = winner != NOBODY
+    other = tl.where(found, winner, label)
+    normal = load_row(weight, other, w_k, w_d, d, dim, WIDE) - load_row(weight, label, w_k, w_d, d, dim, WIDE)
+    logit = tl.sum(normal * mu)
+    if bias is not None:
+        logit += tl.load(bias + other).to(WIDE) - tl.load(bias + label).to(WIDE)
+    distance = exact_sqrt(tl.sum(normal * normal))
+    found = found & (distance != 0)
+    score = quotient_or_zero(logit, distance)
+    hinge = tl.where(found & ((delta_dist + score <= 0) == 0), delta_dist + score, 0.0)  # nan passes
+    slope = tl.where(hinge != 0, quotient_or_zero(share, distance), 0.0)
+    unit = quotient_or_zero(normal, distance)
+    return hinge, slope * (mu - score * unit), slope, slope * normal, hinge != 0
+
+
+@triton.jit
+def list_rows_won(winners, listed, num_rows, k, BLOCK: tl.constexpr):
+    """Rows whose margin class k won, in order, at listed[begin:begin + count]; each k has a place of its own there."""
+    begin = 0
+    for r0 in range(0, num_rows, BLOCK):
+        r = r0 + tl.arange(0, BLOCK)
+        winner = tl.load(winners + r, mask=r < num_rows, other=-1)
+        begin += tl.sum(((winner >= 0) & (winner < k)).to(tl.int32))
+    count = 0
+    for r0 in range(0, num_rows, BLOCK):
+        r = r0 + tl.arange(0, BLOCK)
+        won = (tl.load(winners + r, mask=r < num_rows, other=-1) == k).to(tl.int32)
+        tl.store(listed + begin + count + tl.cumsum(won) - 1, r, mask=won != 0)
+        count += tl.sum(won)
+    return begin, count
+
+
+@triton.jit
+def weight_gradient(
+    d_weight, d_bias, boundary_grad, boundary_bias, classes, listed, grad_loss, k, candidate, slice_, dim, num_rows,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Slice BLOCK_D of dW_k, and db_k: the rows that k won, in order, minus the row whose class k is.
+
+    ``candidate`` >= 0: k is the winner of that row; leave it to the row whose class k is, or to the first row it won.
+    """
+    WIDE: tl.constexpr = boundary_grad.dtype.element_ty
+    own = -1
+    for r0 in range(0, num_rows, BLOCK):
+        r = r0 + tl.arange(0, BLOCK)
+        label = tl.load(classes + r, mask=r < num_rows, other=-1)
+        own = tl.maximum(own, tl.max(tl.where(label == k, r, -1)))
+    listed += slice_ * num_rows
+    begin, count = list_rows_won(classes + num_rows, listed, num_rows, k, BLOCK)
+    tl.debug_barrier()
+    if candidate >= 0:
+        if own >= 0:
+            k = -1
+        elif tl.load(listed + begin) != candidate:
+            k = -1
+    if k >= 0:
+        d = slice_ * BLOCK_D + tl.arange(0, BLOCK_D)
+        total = tl.zeros((BLOCK_D,), WIDE)
+        total_bias = tl.zeros((), WIDE)
+        for i in range(begin, begin + count, BLOCK_N):
+            j = i + tl.arange(0, BLOCK_N)
+            valid = j < begin + count
+            row = tl.load(listed + j, mask=valid, other=0)
+            total += tl.sum(load_samples(boundary_grad, dim, 1, row, valid, d, dim, WIDE), axis=0)
+            total_bias += tl.sum(tl.load(boundary_bias + row, mask=valid, other=0))
+        if own >= 0:
+            total -= load_row(boundary_grad, own, dim, 1, d, dim, WIDE)
+            total_bias -= tl.load(boundary_bias + own)
+        if d_weight is not None:
+            tl.store(d_weight + tl.cast(k, tl.int64) * dim + d, total * grad_loss, mask=d < dim)
+        if d_bias is not None:
+            if slice_ == 0:
+                tl.store(d_bias + k, total_bias * grad_loss)
