@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from robustfast.evaluation.accuracy import noise_curve
+from robustfast.evaluation.noise import noise_curve
 from robustfast.training import data, files, models
 from robustfast.training.config import from_json
 from robustfast.training.loop import pick_device

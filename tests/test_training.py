@@ -1,0 +1,526 @@
+"""Recipes, models, presets, the loop, its files and its resumption."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import robustfast
+from robustfast.evaluation import accuracy, noise, noise_curve, saved
+from robustfast.training import Config, data, files, loop, models, preset, recipes, resume, train
+from robustfast.training.config import METHODS, from_json
+from robustfast.training.streams import stream
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Small tensors gain nothing from threads, and tests that run side by side lose by them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Settings of a run of a second on 66 colour images of three classes."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(90) % 3
+    images = (rng.integers(0, 60, (90, 8, 8, 3)) + 90 * labels[:, None, None, None]).astype(np.uint8)
+    path = tmp_path_factory.mktemp("data") / "tiny.npz"
+    np.savez(path, x_train=images[:66], y_train=labels[:66], x_test=images[66:], y_test=labels[66:])
+    return Config(
+        data=f"npz:{path}", epochs=4, batch_size=8, inter_dim=8, milestones=(2,), crop=1, flip=True, test_sigmas=(0.3,)
+    )
+
+
+def without_time(results):
+    return {name: value for name, value in results.items() if name != "seconds"}
+
+
+def model_bits(run):
+    return {name: tensor.numpy().tobytes() for name, tensor in load_file(run / files.MODEL).items()}
+
+
+# --- recipes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model():
+    return models.build("small", channels=1, inter_dim=5, num_classes=4, seed=1)
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.randn(6, 1, 8, 8, generator=generator)
+    return recipes.Batch(clean, clean + torch.randn(clean.shape, generator=generator), torch.tensor([0, 2, 2, 3, 0, 2]))
+
+
+def cross_entropy(model, images, target):
+    logits = model(images).detach().double()
+    return float((logits.logsumexp(1) - logits[torch.arange(len(target)), target]).mean())
+
+
+@pytest.mark.parametrize(("method", "views"), [("normal", [0]), ("noisy", [1]), ("both", [0, 1])])
+def test_cross_entropy_recipes(model, batch, method, views):
+    expected = np.mean([cross_entropy(model, batch[view], batch.target) for view in views])
+    assert recipes.build(Config(method), 4)(model, batch).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_stability_recipe(model, batch):
+    clean, noisy = (model.features(view).detach().double() for view in batch[:2])
+    expected = cross_entropy(model, batch.clean, batch.target) + 0.3 * (clean - noisy).square().sum(1).sqrt().mean()
+    recipe = recipes.build(Config("stability", loss_weight=0.3), 4)
+    assert recipe(model, batch).item() == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_stability_without_noise_has_the_gradient_of_cross_entropy(model, batch):
+    recipe, same = recipes.build(Config("stability"), 4), batch._replace(noisy=batch.clean)
+    grads = torch.autograd.grad(recipe(model, same), list(model.parameters()))
+    expected = torch.autograd.grad(F.cross_entropy(model(batch.clean), batch.target), list(model.parameters()))
+    torch.testing.assert_close(grads, expected)
+
+
+def test_discriminative_recipe(model, batch):
+    """SPEC's sums, class by class in float64, on first sight of every class."""
+    f, g = (model.features(view).detach().double() for view in batch[:2])
+    weight, bias = model.fc.weight.detach().double(), model.fc.bias.detach().double()
+    variance = margin = regularization = 0.0
+    for c in (0, 2, 3):
+        mine = batch.target == c
+        mu = f[mine].mean(0)
+        for features in (f, g):
+            variance += ((features[mine] - mu).norm(dim=1) - 0.2).clamp(min=0).square().mean() / 2 / 3
+        scores = [((weight[i] - weight[c]) @ mu + bias[i] - bias[c]) / (weight[i] - weight[c]).norm()
+                  for i in range(4) if i != c]  # fmt: skip
+        margin += max(2.0 + max(scores), 0) / 3
+        regularization += mu.norm() / 3
+    expected = cross_entropy(model, batch.clean, batch.target) + 0.7 * (
+        1.5 * variance + 0.5 * margin + 0.1 * regularization
+    )
+    config = Config(
+        "discriminative", inter_dim=5, loss_weight=0.7, delta_var=0.2, delta_dist=2.0, alpha=1.5, beta=0.5, gamma=0.1
+    )
+    recipe = recipes.build(config, 4)
+    assert recipe(model, batch).item() == pytest.approx(float(expected), rel=1e-5)
+    assert recipe.state_dict()["loss.seen"].tolist() == [True, False, True, True]
+    assert recipe.loss.momentum == config.centroid_momentum and recipe.loss.norm == config.norm
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+def test_resnet18_is_the_papers():
+    model = models.build("resnet18", channels=3, inter_dim=128, num_classes=10, seed=0)
+    # 11,173,962 with 512 -> 10; here 512 -> 128 -> 10.
+    assert sum(p.numel() for p in model.parameters()) == 11_173_962 - 5_130 + (512 * 128 + 128) + (128 * 10 + 10)
+    shapes = [tuple(module.weight.shape) for module in model.modules() if isinstance(module, nn.Conv2d)]
+    assert len(shapes) == 20 and shapes[0] == (64, 3, 3, 3) and model.backbone[0].stride == (1, 1)
+    x = torch.rand(2, 3, 32, 32)
+    sizes = []
+    for layer in model.backbone:
+        x = layer(x)
+        sizes.append(tuple(x.shape[1:]))
+    assert sizes[2] == (64, 32, 32) and sizes[4] == (64, 32, 32) and sizes[6] == (128, 16, 16)
+    assert sizes[8] == (256, 8, 8) and sizes[10] == (512, 4, 4) and sizes[-1] == (512,)
+    assert model.features(torch.rand(2, 3, 32, 32)).shape == (2, 128) and isinstance(model.penultimate, nn.Linear)
+
+
+def test_a_block_adds_its_shortcut():
+    block = models.Block(8, 16, 2).eval()
+    x = torch.randn(2, 8, 6, 6)
+    inner = block.bn2(block.conv2(F.relu(block.bn1(block.conv1(x)))))
+    torch.testing.assert_close(block(x), F.relu(inner + block.shortcut(x)))
+    assert len(models.Block(8, 8, 1).shortcut) == 0
+
+
+@pytest.mark.parametrize("size", [(8, 8), (32, 32), (28, 20)])
+def test_small_takes_any_size(size):
+    model = models.build("small", channels=3, inter_dim=7, num_classes=4, seed=0)
+    images = torch.rand(2, 3, *size)
+    torch.testing.assert_close(model(images), model.fc(model.features(images)))
+    assert model.features(images).shape == (2, 7)
+
+
+def test_a_seed_fixes_the_weights_and_nothing_else():
+    state = torch.get_rng_state()
+    first, again, other = (models.build("small", 1, 4, 3, seed).fc.weight for seed in (5, 5, 6))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+def test_cifar10_preset_is_the_papers():
+    config = preset("cifar10")
+    expected = {
+        "method": "discriminative", "model": "resnet18", "inter_dim": 128, "sigma": 0.06, "noise_view": "independent",
+        "loss_weight": 1.0, "delta_var": 0.5, "delta_dist": 5.0, "norm": 2, "alpha": 1.0, "beta": 1.0, "gamma": 0.001,
+        "centroid_momentum": 0.99, "epochs": 200, "batch_size": 64, "lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-4,
+        "milestones": (60, 120, 160), "decay": 0.2, "crop": 4, "flip": True,
+    }  # fmt: skip
+    assert {name: getattr(config, name) for name in expected} == expected
+    rates = [config.learning_rate(epoch) for epoch in (0, 59, 60, 119, 120, 159, 160, 199)]
+    assert rates == pytest.approx([1e-3, 1e-3, 2e-4, 2e-4, 4e-5, 4e-5, 8e-6, 8e-6])
+    (group,) = loop.Run(loop.prepare(replace(config, data="digits", model="small"))).optimizer.param_groups
+    assert group["nesterov"] and group["momentum"] == 0.9 and group["weight_decay"] == 5e-4
+
+
+def test_digits_presets_are_what_tuning_found():
+    tuning = json.loads((ROOT / "benchmarks" / "results" / "digits_tuning.json").read_text())
+    for method in METHODS:
+        config = preset("digits", method)
+        best = tuning["best"][method]
+        assert {name: getattr(config, name) for name in best} == best
+    assert len({len(trials) for trials in tuning["trials"].values()}) == 1, "every method has the same budget"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("method", "magic", "one of normal, noisy, both, stability, discriminative"),
+        ("model", "vgg", "one of small, resnet18"),
+        ("noise_view", "other", "one of same, independent"),
+        ("epochs", 0, "at least 1"),
+        ("sigma", -0.1, "a finite number >= 0"),
+        ("lr", math.nan, "a finite number >= 0"),
+        ("momentum", 1.0, "0 <= momentum < 1"),
+        ("validation", 0.0, "0 < validation < 1"),
+        ("test_sigmas", (0.1, math.inf), "finite numbers >= 0"),
+        ("norm", 3, "1 or 2"),
+    ],
+)
+def test_settings_are_checked(name, value, expected):
+    with pytest.raises(ValueError, match=rf"^{name}: expected {re.escape(expected)}, got"):
+        Config(**{name: value})
+
+
+def test_settings_survive_json():
+    config = preset("cifar10", "stability", seed=4)
+    assert from_json(json.loads(json.dumps(config.as_json()))) == config
+    with pytest.raises(ValueError, match="unknown settings: colour"):
+        from_json({"colour": 1})
+    with pytest.raises(ValueError, match="preset: expected one of digits, cifar10, got 'mnist'"):
+        preset("mnist")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("device", "tpu"), ("backend", "fast"), ("device", "cuda"), ("backend", "cuda")]
+)
+def test_what_cannot_run_is_a_value_error(name, value):
+    if value == "cuda" and torch.cuda.is_available():
+        pytest.skip("it can run here")
+    with pytest.raises(ValueError, match=name):
+        loop.prepare(Config(**{name: value}))
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+def epoch_views(config, epoch):
+    """Batches of an epoch as clean, noisy (N, C, H, W) by position in the training images, in [0, 1]."""
+    setup = loop.prepare(config)
+    order = torch.randperm(
+        len(setup.train_ids), generator=torch.Generator().manual_seed(stream(config.seed, "order", epoch))
+    )
+    clean, noisy, target = (torch.cat(part) for part in zip(*loop.batches(setup, epoch), strict=True))
+    mean, std = (torch.tensor(setup.normalization[key]).view(-1, 1, 1) for key in ("mean", "pixel_std"))
+    back = order.argsort()
+    assert torch.equal(target[back], setup.train.labels)
+    return setup, clean[back] * std + mean, noisy[back] * std + mean
+
+
+def test_batches_are_the_images_and_the_images_with_noise(tiny):
+    config = replace(tiny, crop=0, flip=False)
+    setup, clean, noisy = epoch_views(config, 2)
+    torch.testing.assert_close(clean, setup.train.pixels / 255, atol=1e-6, rtol=0)
+    expected = robustfast.functional.gaussian_noise(
+        setup.train.pixels / 255, config.sigma, seed=stream(config.seed, "noise"), sample_ids=setup.train_ids, draw=2
+    )
+    torch.testing.assert_close(noisy, expected, atol=1e-5, rtol=0)
+    other_batches = epoch_views(replace(config, batch_size=5), 2)[2]
+    torch.testing.assert_close(noisy, other_batches, atol=1e-5, rtol=0)
+    assert (epoch_views(config, 3)[2] - noisy).abs().mean() > 0.05
+
+
+def test_same_and_independent_views(tiny):
+    still = replace(tiny, sigma=0.0)
+    _, clean, noisy = epoch_views(still, 0)
+    assert torch.equal(clean, noisy)
+    _, independent_clean, independent_noisy = epoch_views(replace(still, noise_view="independent"), 0)
+    assert torch.equal(clean, independent_clean)
+    moved = (clean != independent_noisy).flatten(1).any(1)
+    assert moved.float().mean() > 0.8  # 17 of 18 placements differ
+    sums = [view.flatten(1).sum(1) for view in (loop.prepare(still).train.pixels / 255, independent_noisy)]
+    assert (sums[1] <= sums[0] + 1e-3).all()  # the same image, less what the crop cut
+
+
+def test_augmentation_changes_with_the_epoch_and_not_with_the_batches(tiny):
+    config = replace(tiny, sigma=0.0)
+    first = epoch_views(config, 0)[1]
+    assert torch.equal(first, epoch_views(replace(config, batch_size=7), 0)[1])
+    assert (first != epoch_views(config, 1)[1]).flatten(1).any(1).float().mean() > 0.8
+
+
+def test_streams_are_apart():
+    seeds = {stream(seed, name, epoch) for seed in range(3) for name in ("order", "places") for epoch in range(3)}
+    assert len(seeds) == 18 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+# --- the loop --------------------------------------------------------------------------------------------------------
+
+
+def test_training_learns_and_is_bit_for_bit_repeatable(tiny, tmp_path):
+    first, again = (train(tiny, tmp_path / name) for name in ("first", "again"))
+    assert without_time(first) == without_time(again)
+    assert model_bits(tmp_path / "first") == model_bits(tmp_path / "again")
+    assert first["test"][0]["accuracy"] > 0.8, "three levels of brightness"
+    assert first["history"][-1]["loss"] < first["history"][0]["loss"]
+    assert json.loads((tmp_path / "first" / files.RESULTS).read_text()) == first
+    assert train(replace(tiny, seed=1))["history"] != first["history"]
+
+
+class Interrupt(Exception):
+    pass
+
+
+def interrupt_after(epoch):
+    def on_epoch(record):
+        if record["epoch"] == epoch:
+            raise Interrupt
+
+    return on_epoch
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_resumed_run_is_the_uninterrupted_one(tiny, tmp_path, method):
+    config = replace(tiny, method=method, noise_view="independent", epochs=3)
+    whole = train(config, tmp_path / "whole")
+    with pytest.raises(Interrupt):
+        train(config, tmp_path / "cut", interrupt_after(1))
+    assert not (tmp_path / "cut" / files.RESULTS).exists()
+    with pytest.raises(Interrupt):
+        resume(tmp_path / "cut", interrupt_after(2))
+    torch.randn(5)  # the resumed run must not depend on the process's generator
+    assert without_time(resume(tmp_path / "cut")) == without_time(whole)
+    assert model_bits(tmp_path / "cut") == model_bits(tmp_path / "whole")
+    states = [files.load_state(tmp_path / name) for name in ("cut", "whole")]
+    cut, uncut = (state["optimizer"]["state"] for state in states)
+    assert cut.keys() == uncut.keys() and len(cut) > 0
+    assert all(torch.equal(cut[key]["momentum_buffer"], uncut[key]["momentum_buffer"]) for key in cut)
+    tensors, expected = (files.load_tensors(tmp_path / name, 3) for name in ("cut", "whole"))
+    assert tensors.keys() == expected.keys() and all(torch.equal(tensors[key], expected[key]) for key in tensors)
+    assert ("recipe.loss.centroids" in tensors) == (method == "discriminative")
+
+
+def test_a_killed_process_is_resumed_to_the_same_bits(tiny, tmp_path):
+    """SIGKILL at no chosen moment: whatever was being written, the last whole epoch is there."""
+    config = replace(tiny, epochs=60)
+    out = tmp_path / "killed"
+    code = (
+        "import json, sys, torch; from pathlib import Path; torch.set_num_threads(1)\n"
+        "from robustfast.training import loop, train; from robustfast.training.config import from_json\n"
+        "train(from_json(json.loads(sys.argv[1])), Path(sys.argv[2]))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, json.dumps(config.as_json()), str(out)], cwd=ROOT)
+    deadline = time.monotonic() + 60
+    while len(list(out.glob("tensors-0000[3-9]*"))) == 0 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (out / files.RESULTS).exists() and 0 < files.load_state(out)["epoch"] < config.epochs
+    whole = train(config, tmp_path / "whole")
+    assert without_time(resume(out)) == without_time(whole)
+    assert model_bits(out) == model_bits(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("broken", ["save_file", "torch.save", "os.replace"])
+def test_an_interrupted_write_leaves_the_last_checkpoint(tiny, tmp_path, monkeypatch, broken):
+    config = replace(tiny, epochs=3)
+    whole = train(config, tmp_path / "whole")
+
+    def half(content, path, *rest):
+        Path(path).write_bytes(b"half")
+        raise Interrupt
+
+    def break_writing(record):
+        place, name = {"save_file": (files, "save_file"), "torch.save": (torch, "save"), "os.replace": (os, "replace")}[
+            broken
+        ]
+        monkeypatch.setattr(place, name, half if broken != "os.replace" else lambda *paths: half(None, tmp_path / "x"))
+
+    with pytest.raises(Interrupt):
+        train(config, tmp_path / "cut", break_writing)
+    monkeypatch.undo()
+    assert files.load_state(tmp_path / "cut")["epoch"] == 1
+    assert without_time(resume(tmp_path / "cut")) == without_time(whole)
+
+
+def test_replace_keeps_the_old_file_until_the_new_one_is_whole(tmp_path):
+    path = tmp_path / "file"
+    files.write_json(path, {"old": 1})
+
+    def fail(part):
+        part.write_text("half")
+        assert files.read_json(path) == {"old": 1}
+        raise Interrupt
+
+    with pytest.raises(Interrupt):
+        files.replace(path, fail)
+    assert files.read_json(path) == {"old": 1}
+    files.write_json(path, {"new": 2})
+    assert files.read_json(path) == {"new": 2} and list(tmp_path.iterdir()) == [path]
+
+
+def test_old_tensors_are_removed(tiny, tmp_path):
+    train(replace(tiny, epochs=2), tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "model.safetensors", "results.json", "state.pt", "tensors-00002.safetensors",
+    ]  # fmt: skip
+
+
+def test_runs_are_not_overwritten_nor_invented(tiny, tmp_path):
+    train(replace(tiny, epochs=1), tmp_path)
+    with pytest.raises(FileExistsError, match="holds a run"):
+        train(tiny, tmp_path)
+    with pytest.raises(FileNotFoundError):
+        resume(tmp_path / "nothing")
+
+
+def test_a_finished_run_is_not_tested_again(tiny, tmp_path, monkeypatch):
+    results = train(replace(tiny, epochs=1), tmp_path)
+    monkeypatch.setattr(loop, "finish", None)
+    assert resume(tmp_path) == results
+
+
+def test_other_data_is_not_resumed(tiny, tmp_path):
+    arrays = dict(np.load(tiny.data.removeprefix("npz:")))
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(Interrupt):
+        train(replace(tiny, data=f"npz:{tmp_path / 'a.npz'}"), tmp_path / "run", interrupt_after(1))
+    arrays["x_test"][0, 0, 0, 0] ^= 1
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(ValueError, match="is not the data this run began with"):
+        resume(tmp_path / "run")
+
+
+def test_another_format_is_not_resumed(tiny, tmp_path):
+    train(replace(tiny, epochs=1), tmp_path)
+    torch.save({"format": 99}, tmp_path / files.STATE)
+    with pytest.raises(ValueError, match="expected format 1, got 99"):
+        files.load_state(tmp_path)
+
+
+def test_the_best_epoch_is_kept_and_the_test_set_seen_once(tiny, tmp_path, monkeypatch):
+    """Scores of 3, 9, 9, 5 on validation: the third epoch's weights are those tested."""
+    scores, weights, tested = iter([0.3, 0.9, 0.9, 0.5]), [], []
+    setup = loop.prepare(tiny)
+
+    def curve(model, pixels, labels, sigmas, **settings):
+        if torch.equal(labels, setup.test.labels):
+            tested.append(model.fc.weight.clone())
+            return [{"sigma": 0.0, "accuracy": 1.0}]
+        weights.append(model.fc.weight.detach().clone())
+        score = next(scores)
+        return [{"sigma": 0.0, "accuracy": score}, {"sigma": tiny.sigma, "accuracy": score}]
+
+    monkeypatch.setattr(loop, "noise_curve", curve)
+    results = train(tiny, tmp_path)
+    assert results["best_epoch"] == 3 and len(tested) == 1
+    assert torch.equal(tested[0], weights[2]) and not torch.equal(weights[2], weights[3])
+    assert torch.equal(load_file(tmp_path / files.MODEL)["fc.weight"], weights[2])
+
+
+def test_a_diverging_run_says_so(tiny):
+    with pytest.raises(FloatingPointError, match=r"epoch \d: the loss is .*; a lower learning rate may help"):
+        train(replace(tiny, lr=1e20))
+
+
+def test_results_have_the_documented_fields(tiny):
+    documented = {
+        table: set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (.*?) \|", rows, re.M))))
+        for table, rows in re.findall(r"^\| `?([\w ]+?)`? \| content \|\n\| --- \| --- \|\n((?:\|.*\n)+)",
+                                      (ROOT / "docs" / "results.md").read_text(), re.M)
+    }  # fmt: skip
+    results = train(replace(tiny, epochs=1))
+    assert documented.keys() == {"field", "data", "history", "environment", "field of the demo"}
+    assert documented["field"] == results.keys() and documented["history"] == results["history"][0].keys()
+    assert documented["data"] == results["data"].keys() and documented["environment"] == results["environment"].keys()
+    assert results["config"].keys() == {field.name for field in fields(Config)}
+    assert [point["sigma"] for point in results["test"]] == [0.0, *tiny.test_sigmas]
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+
+
+class Threshold(nn.Module):
+    """Class 1 where the first pixel is above its threshold."""
+
+    def forward(self, images):
+        return torch.stack([torch.zeros(len(images)), images[:, 0, 0, 0]], 1)
+
+
+def test_accuracy_is_a_count_over_known_noise(monkeypatch):
+    pixels = torch.rand(30, 1, 2, 3, generator=torch.Generator().manual_seed(0))
+    labels = (pixels[:, 0, 0, 0] > 0.5).long()
+    settings = {"mean": [0.5], "pixel_std": [0.2]}
+    model = Threshold()
+    assert accuracy(model, pixels, labels, **settings) == 1.0
+    expected = [
+        float(
+            ((robustfast.functional.gaussian_noise(pixels, 0.4, seed=4, draw=draw)[:, 0, 0, 0] > 0.5) == labels).sum()
+        )
+        for draw in range(2)
+    ]
+    assert expected[0] != expected[1]
+    assert accuracy(model, pixels, labels, 0.4, seed=4, draws=2, **settings) == sum(expected) / 60
+    monkeypatch.setattr(noise, "BATCH", 7)
+    assert accuracy(model, pixels, labels, 0.4, seed=4, draws=2, **settings) == sum(expected) / 60
+    assert noise_curve(model, pixels, labels, [0.4], seed=4, **settings)[0] == {"sigma": 0.0, "accuracy": 1.0}
+    with pytest.raises(ValueError, match="at least one image"):
+        accuracy(model, pixels[:0], labels[:0], **settings)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_accuracy_is_in_evaluation_mode_and_leaves_no_trace(training):
+    model = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(4, 2)).train(training)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    accuracy(model, torch.rand(5, 1, 2, 2), torch.zeros(5, dtype=torch.int64), mean=[0.0], pixel_std=[1.0])
+    assert model.training is training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_saved_run_gives_its_results_again(tiny, tmp_path):
+    results = train(replace(tiny, epochs=1), tmp_path)
+    assert saved.evaluate(tmp_path, draws=tiny.test_draws) == results["test"]
+    with pytest.raises(ValueError, match=r"digits: the model takes images \[3, 8, 8\]"):
+        saved.evaluate(tmp_path, source="digits")
+    save_file({"a": torch.zeros(1)}, tmp_path / files.MODEL)
+    with pytest.raises(ValueError, match="not a model that robustfast saved"):
+        saved.evaluate(tmp_path)
+
+
+def test_validation_is_neither_trained_on_nor_tested(tiny):
+    setup = loop.prepare(replace(tiny, validation=0.5))
+    pool = data.load(tiny.data).train
+    held_out = torch.tensor(sorted(set(range(66)) - set(setup.train_ids.tolist())))
+    assert torch.equal(setup.train.pixels, pool.pixels[setup.train_ids])
+    assert torch.equal(setup.validation.pixels, pool.pixels[held_out]) and len(held_out) == 33
+    assert setup.normalization["mean"] == data.channel_statistics(setup.train.pixels)[0]
