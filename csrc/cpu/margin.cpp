@@ -38,7 +38,7 @@ namespace RF_ISA {
 
 template <class F>
 struct Tile {
-  typedef F Vector __attribute__((vector_size(RF_VECTOR_BYTES)));
+  typedef F Vector __attribute__((vector_size(RF_VECTOR_BYTES), aligned(alignof(F)), may_alias));
   static constexpr int lanes = RF_VECTOR_BYTES / sizeof(F);
   // As many sums as the registers hold beside a column of the panel and one factor.
   static constexpr int rows = RF_VECTOR_BYTES == 64 ? 8 : RF_VECTOR_BYTES == 32 ? 6 : 4;
@@ -51,20 +51,32 @@ template <class F>
 void multiply(const F* const* left, const F* panel, int64_t begin, int64_t end, F* out) {
   using Vector = typename Tile<F>::Vector;
   constexpr int rows = Tile<F>::rows, vectors = Tile<F>::vectors, columns = Tile<F>::columns;
+  // Vector by vector, never as an array: an array whose address is taken is kept in memory.
   Vector sums[rows][vectors];
-  memcpy(sums, out, sizeof(sums));
   const F* row[rows];
-  for (int r = 0; r < rows; ++r) row[r] = left[r];
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r) {
+    row[r] = left[r];
+#pragma GCC unroll 3
+    for (int v = 0; v < vectors; ++v) sums[r][v] = *reinterpret_cast<Vector*>(out + r * columns + v * Tile<F>::lanes);
+  }
   for (int64_t d = begin; d < end; ++d) {
     Vector column[vectors];
-    memcpy(column, panel + d * columns, sizeof(column));
+#pragma GCC unroll 3
+    for (int v = 0; v < vectors; ++v) {
+      column[v] = *reinterpret_cast<const Vector*>(panel + d * columns + v * Tile<F>::lanes);
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 3
       for (int v = 0; v < vectors; ++v) sums[r][v] += row[r][d] * column[v];
     }
   }
-  memcpy(out, sums, sizeof(sums));
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 3
+    for (int v = 0; v < vectors; ++v) *reinterpret_cast<Vector*>(out + r * columns + v * Tile<F>::lanes) = sums[r][v];
+  }
 }
 
 template <class T, class F>
@@ -98,6 +110,9 @@ struct Own {
   F mu;             // ||mu_c||
   F bias;           // |b_c|
 };
+
+template <class F>
+struct Panel;
 
 template <class T, class F>
 struct Search {
@@ -169,6 +184,7 @@ struct Search {
   }
 
   void look_in_panels(int64_t from, int64_t to, Best<F>* best) const;
+  void look_at_highest(int64_t row, const Panel<F>& panel, const F* logit, Best<F>& best) const;
 };
 
 // W_i for one panel of classes, by columns, and what bounds their scores.
@@ -227,6 +243,16 @@ int find_possible(const Panel<F>& panel, const Own<F>& own, const F* logit, cons
 }
 
 template <class T, class F>
+void Search<T, F>::look_at_highest(int64_t row, const Panel<F>& panel, const F* logit, Best<F>& best) const {
+  int highest = -1;
+  for (int i = 0; i < panel.size; ++i) {
+    const bool higher = highest < 0 || logit[i] + panel.bias[i] > logit[highest] + panel.bias[highest];
+    if (higher && panel.first + i != own[row].c) highest = i;
+  }
+  if (highest >= 0) look_at(row, panel.first + highest, best);
+}
+
+template <class T, class F>
 void Search<T, F>::look_in_panels(int64_t from, int64_t to, Best<F>* best) const {
   constexpr int tile_rows = Tile<F>::rows, columns = Tile<F>::columns;
   constexpr int few = columns / 8;
@@ -249,6 +275,8 @@ void Search<T, F>::look_in_panels(int64_t from, int64_t to, Best<F>* best) const
       int count = 0;
       for (int r = 0; r < size; ++r) {
         const Own<F>& c = own[row + r];
+        // Without a good score to beat, all of the first panel would seem possible.
+        if (p == from) look_at_highest(row + r, panel, logits + r * columns, best[row + r]);
         count += find_possible(panel, c, logits + r * columns, products + r * columns, c.rest, panel.rest, slack,
                                best[row + r].score, possible[r]);
       }
