@@ -168,7 +168,7 @@ def _progress() -> Progress:
 
 
 def _curve_table(curve: list[dict[str, float]]) -> Table:
-    table = Table("sigma of the noise", "accuracy, %", box=box.SIMPLE)
+    table = Table("sigma of the noise", "accuracy, %", box=box.SIMPLE, padding=(0, 1, 0, 0))
     for point in curve:
         table.add_row(_sigma(point["sigma"]), f"{100 * point['accuracy']:.2f}")
     return table
@@ -176,7 +176,7 @@ def _curve_table(curve: list[dict[str, float]]) -> Table:
 
 def _summary_table(summary: list[dict[str, Any]]) -> Table:
     sigmas = dict.fromkeys(point["sigma"] for point in summary)
-    table = Table("method", *map(_sigma, sigmas), box=box.SIMPLE)
+    table = Table("method", *map(_sigma, sigmas), box=box.SIMPLE, padding=(0, 1, 0, 0))
     for method in dict.fromkeys(point["method"] for point in summary):
         points = (point for point in summary if point["method"] == method)
         table.add_row(method, *(f"{100 * point['mean']:.1f} ± {100 * point['std']:.1f}" for point in points))

@@ -12,6 +12,7 @@ def needed(extra: str = "train") -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        package = {"sklearn": "scikit-learn", "PIL": "pillow"}.get(str(error.name), error.name)
+        module = str(error.name).partition(".")[0]
+        package = {"sklearn": "scikit-learn", "PIL": "pillow"}.get(module, module)
         hint = f"{package} is not installed; install it with: pip install 'robustfast[{extra}]'"
         raise ModuleNotFoundError(hint, name=error.name) from error

@@ -334,18 +334,18 @@ def test_a_killed_process_is_resumed_to_the_same_bits(tiny, tmp_path):
     """SIGKILL at no chosen moment: whatever was being written, the last whole epoch is there."""
     config = replace(tiny, epochs=60)
     out = tmp_path / "killed"
-    code = (
-        "import json, sys, torch; from pathlib import Path; torch.set_num_threads(1)\n"
-        "from robustfast.training import loop, train; from robustfast.training.config import from_json\n"
-        "train(from_json(json.loads(sys.argv[1])), Path(sys.argv[2]))"
+    options = ["--data", config.data, "--epochs", "60", "--batch-size", "8", "--inter-dim", "8", "--milestones", "2"]
+    options += ["--crop", "1", "--flip", "--test-sigmas", "0.3", "--threads", "1", "--out", str(out)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "robustfast", "train", *options], cwd=ROOT, stdout=subprocess.DEVNULL
     )
-    process = subprocess.Popen([sys.executable, "-c", code, json.dumps(config.as_json()), str(out)], cwd=ROOT)
     deadline = time.monotonic() + 60
     while len(list(out.glob("tensors-0000[3-9]*"))) == 0 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not (out / files.RESULTS).exists() and 0 < files.load_state(out)["epoch"] < config.epochs
+    assert loop.saved_config(out) == config
     whole = train(config, tmp_path / "whole")
     assert without_time(resume(out)) == without_time(whole)
     assert model_bits(out) == model_bits(tmp_path / "whole")
