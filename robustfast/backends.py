@@ -70,7 +70,7 @@ def resolve(backend: str, device_type: str, op: str) -> str:
     """
     if backend == "auto":
         usable = (name for name in AUTO.get(device_type, ()) if why_not(name) is None)
-        return next(usable, "reference")
+        backend = next(usable, "reference")
     if backend != "reference" and backend not in LIBRARIES:
         raise ValueError(f"backend: expected auto, {', '.join((*LIBRARIES, 'reference'))}, got {backend!r}")
     reason = why_not(backend)
@@ -78,6 +78,8 @@ def resolve(backend: str, device_type: str, op: str) -> str:
         reason = f"it runs on {home(backend)} tensors, got {device_type} tensors"
     if reason is not None:
         raise RuntimeError(f"backend={backend!r} cannot run {op}: {reason}")
+    if backend != "reference":
+        ops(backend)
     return backend
 
 
@@ -86,13 +88,20 @@ def home(backend: str) -> str:
     return "cuda" if backend == "cuda" or (backend == "triton" and not _interpreting()) else "cpu"
 
 
-@cache
+_loaded: dict[str, SimpleNamespace] = {}
+
+
 def ops(backend: str) -> SimpleNamespace:
-    """The registered ops of a backend, by name."""
+    """The registered ops of a backend, by name: after `resolve` a look-up, which torch.compile can trace."""
+    return _loaded.get(backend) or _load(backend)
+
+
+def _load(backend: str) -> SimpleNamespace:
     if backend == "triton":
         import robustfast.triton_ops  # noqa: F401  registers its library, and only now imports triton
     library = getattr(torch.ops, LIBRARIES[backend])
-    return SimpleNamespace(**{name: getattr(library, name).default for name in OP_NAMES})
+    _loaded[backend] = SimpleNamespace(**{name: getattr(library, name).default for name in OP_NAMES})
+    return _loaded[backend]
 
 
 def _interpreting() -> bool:

@@ -108,7 +108,7 @@ struct Granule {
 
 // scale * noise of `quads` quads, and of more up to whole granules.
 template <Pair (*transform)(uint32_t, uint32_t)>
-void fill(const Noise& noise, uint64_t sample_id, int64_t quad, int64_t quads, float* out) {
+void fill(const Noise& noise, uint64_t sample_id, int64_t quad, int64_t quads, float* __restrict out) {
   for (int64_t q = 0; q < quads; q += granule) {
     const Granule words(noise.seed, sample_id, noise.draw, quad + q);
     for (int64_t i = 0; i < 2 * granule; ++i) {
@@ -318,7 +318,7 @@ struct Same {
 
 template <class Wide>
 std::vector<Wide> interleave(const float* values, const Samples& samples) {
-  std::vector<Wide> each(Cut(samples).elements());
+  std::vector<Wide> each(samples.channels_last ? Cut(samples).elements() : 0);
   for (size_t i = 0; i < each.size(); ++i) each[i] = Wide(values[i % samples.channels]);
   return each;
 }

@@ -2,10 +2,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <string>
 #include <vector>
 
 #include "cpu/isa.h"
+#include "math/normal.h"
 
 #ifndef RF_CUDA_ARCHITECTURES
 #define RF_CUDA_ARCHITECTURES ""
@@ -29,6 +31,16 @@ py::dict build_info() {
   return info;
 }
 
+std::array<uint32_t, 4> philox4x32(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
+  const auto words = robustfast::philox4x32({counter[0], counter[1], counter[2], counter[3]}, key[0], key[1]);
+  return {words.w0, words.w1, words.w2, words.w3};
+}
+
+std::array<float, 2> box_muller(uint32_t w0, uint32_t w1) {
+  const robustfast::Pair normals = robustfast::box_muller(w0, w1);
+  return {normals.first, normals.second};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -36,4 +48,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info,
         "What this binary was built with (compiler, torch, CUDA architectures, instruction sets) and the instruction "
         "set that runs.");
+  m.def("philox4x32", &philox4x32, py::arg("counter"), py::arg("key"), "Philox4x32-10: four words of a counter.");
+  m.def("box_muller", &box_muller, py::arg("w0"), py::arg("w1"), "Two normals of two words.");
 }
