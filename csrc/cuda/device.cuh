@@ -32,6 +32,10 @@ RF_DEVICE Vector16 load16(const void* from) {
   return {{value.x, value.y, value.z, value.w}};
 }
 
+RF_DEVICE void store16(void* to, Vector16 value) {
+  *static_cast<uint4*>(to) = make_uint4(value.word[0], value.word[1], value.word[2], value.word[3]);
+}
+
 // For data that nobody reads or writes again soon: it leaves the caches first.
 RF_DEVICE Vector16 load16_once(const void* from) {
   const uint4 value = __ldcs(static_cast<const uint4*>(from));

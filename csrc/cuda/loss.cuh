@@ -227,19 +227,21 @@ RF_DEVICE void write_terms(const Loss<Wide>& a, int32_t rows, const Wide (&sum)[
   a.terms[3] = compactness, a.terms[4] = alignment;
 }
 
-// The dtype that sums over elements T are in.
-template <class T>
-using WideOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-// function(T(), std::integral_constant<int, norm>()) for features of a dtype and the norm 1 or 2.
-template <class Function>
+// function(T(), std::integral_constant<int, norm>()) for features of a dtype, whose sums are in Wide, and norm 1 or 2.
+template <class Wide, class Function>
 cudaError_t for_loss(Dtype dtype, int64_t norm, const Function& function) {
   cudaError_t error = cudaSuccess;
-  for_floating(dtype, [&](auto feature) {
+  for_features<Wide>(dtype, [&](auto feature) {
     error = norm == 1 ? function(feature, std::integral_constant<int, 1>())
                       : function(feature, std::integral_constant<int, 2>());
   });
   return error;
+}
+
+// function(Wide()) for features of a dtype.
+template <class Function>
+cudaError_t for_wide(Dtype features, const Function& function) {
+  return features == Dtype::float64 ? function(double()) : function(float());
 }
 
 }  // namespace robustfast::cuda

@@ -5,10 +5,11 @@
 
 namespace robustfast::cuda {
 
+// `count` is one or fills 16-byte words.
 template <class T, int count>
-struct alignas(16) Pack {
-  static_assert(count * sizeof(T) % 16 == 0, "a pack is a number of 16-byte words");
+struct alignas(count == 1 ? alignof(T) : 16) Pack {
   static constexpr int words = count * sizeof(T) / 16;
+  static_assert(count == 1 || count * sizeof(T) == words * 16);
   T value[count];
 };
 
@@ -16,40 +17,49 @@ struct alignas(16) Pack {
 template <class T>
 constexpr int pack_size = 16 / sizeof(T);
 
-// Whether the rows of a matrix can be read and written in packs. One without data is no obstacle.
+// Whether the rows of a matrix are made of whole packs. One without data is no obstacle.
 inline bool whole_packs(const Matrix& matrix, int64_t dim, int64_t element_bytes) {
   const int64_t count = 16 / element_bytes;
   return !matrix.data ||
          (dim % count == 0 && matrix.stride % count == 0 && reinterpret_cast<uintptr_t>(matrix.data) % 16 == 0);
 }
 
-// Elements [column, column + count) of a row of `dim`, zeros behind its end.
+// function(std::integral_constant<int, count>()) with packs of one element where rows are not whole.
+template <class T, class Function>
+cudaError_t for_packs(bool whole, const Function& function) {
+  return whole ? function(std::integral_constant<int, pack_size<T>>()) : function(std::integral_constant<int, 1>());
+}
+
+// Elements [column, column + count) of a row of `dim`, a multiple of count; zeros behind its end.
 template <int count, class T>
-RF_DEVICE Pack<T, count> load_pack(const T* row, int64_t column, int64_t dim, bool whole) {
-  Pack<T, count> pack;
-  if (whole && column < dim) {
+RF_DEVICE Pack<T, count> load_pack(const T* row, int64_t column, int64_t dim) {
+  Pack<T, count> pack = {};
+  if (column >= dim) return pack;
+  if constexpr (count == 1) {
+    pack.value[0] = row[column];
+  } else {
     Vector16 word[Pack<T, count>::words];
     RF_UNROLL
     for (int w = 0; w < Pack<T, count>::words; ++w) word[w] = load16(row + column + w * pack_size<T>);
     memcpy(&pack, word, sizeof(pack));
-  } else {
-    RF_UNROLL
-    for (int k = 0; k < count; ++k) pack.value[k] = column + k < dim ? row[column + k] : T{};
   }
   return pack;
 }
 
-template <int count, class T>
-RF_DEVICE void store_pack(T* row, int64_t column, int64_t dim, bool whole, const Pack<T, count>& pack) {
-  if (whole) {
+enum class Reuse { soon, never };
+
+template <Reuse reuse, int count, class T>
+RF_DEVICE void store_pack(T* row, int64_t column, int64_t dim, const Pack<T, count>& pack) {
+  if (column >= dim) return;
+  if constexpr (count == 1) {
+    row[column] = pack.value[0];
+  } else {
     Vector16 word[Pack<T, count>::words];
     memcpy(word, &pack, sizeof(pack));
     RF_UNROLL
-    for (int w = 0; w < Pack<T, count>::words; ++w) store16_once(row + column + w * pack_size<T>, word[w]);
-  } else {
-    RF_UNROLL
-    for (int k = 0; k < count; ++k) {
-      if (column + k < dim) row[column + k] = pack.value[k];
+    for (int w = 0; w < Pack<T, count>::words; ++w) {
+      T* to = row + column + w * pack_size<T>;
+      reuse == Reuse::never ? store16_once(to, word[w]) : store16(to, word[w]);
     }
   }
 }
@@ -58,13 +68,49 @@ RF_DEVICE void store_pack(T* row, int64_t column, int64_t dim, bool whole, const
 struct Teams {
   int size, count;  // threads of a team, teams of a block
 
-  // Teams as wide as a row of `packs`, within a block of `threads`.
+  // Teams as wide as a row of `packs`, but of eight threads or more, within a block of `threads`.
   RF_INLINE Teams(int64_t packs, int threads) : size(threads) {
-    while (size > 1 && size / 2 >= packs) size /= 2;
+    while (size > 8 && size / 2 >= packs) size /= 2;
     count = threads / size;
   }
   RF_DEVICE int team() const { return int(threadIdx.x) / size; }
   RF_DEVICE int rank() const { return int(threadIdx.x) % size; }
+
+  // Sums of each of `count` values over the team, for every thread of it. All threads of the block call it.
+  template <int count, class F>
+  RF_DEVICE void sum(F (&value)[count]) const {
+    __shared__ F of_warp[max_warps][count];
+    RF_UNROLL
+    for (int k = 0; k < count; ++k) value[k] = lanes_sum(value[k], size < 32 ? size : 32);
+    if (size <= 32) return;
+    __syncthreads();  // of an earlier call's reads
+    RF_UNROLL
+    for (int k = 0; k < count; ++k) {
+      if (lane_id() == 0) of_warp[warp_id()][k] = value[k];
+    }
+    __syncthreads();
+    const int first = team() * (size / 32);
+    RF_UNROLL
+    for (int k = 0; k < count; ++k) {
+      value[k] = of_warp[first][k];
+      for (int w = 1; w < size / 32; ++w) value[k] += of_warp[first + w][k];
+    }
+  }
+
+  // Sums of a pack over the teams, thread by thread, for the first team. All threads of the block call it.
+  template <int threads, int count, class F>
+  RF_DEVICE void sum_across(Pack<F, count>& pack) const {
+    if (this->count == 1) return;
+    __shared__ Pack<F, count> of_thread[threads];
+    __syncthreads();  // of an earlier call's reads
+    of_thread[threadIdx.x] = pack;
+    __syncthreads();
+    if (team() != 0) return;
+    for (int other = 1; other < this->count; ++other) {
+      RF_UNROLL
+      for (int k = 0; k < count; ++k) pack.value[k] += of_thread[other * size + rank()].value[k];
+    }
+  }
 };
 
 }  // namespace robustfast::cuda

@@ -277,9 +277,9 @@ RF_DEVICE void weight_gradient(const LossGrads<Wide>& a, Wide grad_loss, int64_t
 // Blocks below `sample_blocks` take the features' gradients, the others a row of the classifier's per warp.
 template <class T, int norm, class Wide>
 __global__ void __launch_bounds__(variance_backward_threads)
-    small_backward_kernel(const LossGrads<Wide> a, int64_t sample_blocks, bool whole) {
+    small_backward_kernel(const LossGrads<Wide> a, int64_t sample_blocks) {
   if (blockIdx.x < sample_blocks) {
-    variance_backward<T, norm>(a, blockIdx.x, sample_blocks, whole);
+    variance_backward<T, norm, 1>(a, blockIdx.x, sample_blocks);
   } else {
     const int64_t i = (blockIdx.x - sample_blocks) * num_warps() + warp_id();
     if (i < a.num_classes) weight_gradient(a, *a.grad_loss, i);
@@ -289,11 +289,11 @@ __global__ void __launch_bounds__(variance_backward_threads)
 template <class T, int norm, class Wide>
 cudaError_t run_backward(const LossGrads<Wide>& a, cudaStream_t stream) {
   constexpr int warps = variance_backward_threads / 32;
-  const int64_t sample_blocks = a.grad_input || a.grad_input_noise ? variance_backward_blocks<T>(a) : 0;
+  const int64_t sample_blocks = a.grad_input || a.grad_input_noise ? variance_backward_blocks(a.n, a.dim) : 0;
   const int64_t class_blocks = a.grad_weight || a.grad_bias ? (a.num_classes + warps - 1) / warps : 0;
   if (sample_blocks + class_blocks == 0) return cudaSuccess;
   return launch(small_backward_kernel<T, norm, Wide>, unsigned(sample_blocks + class_blocks), variance_backward_threads,
-                0, stream, a, sample_blocks, whole_packs<T>(a));
+                0, stream, a, sample_blocks);
 }
 
 }  // namespace
@@ -308,16 +308,18 @@ bool small_fits(int64_t n, int64_t dim, int64_t num_classes, size_t wide_bytes) 
 }
 
 cudaError_t small_loss(const LossParams& params, cudaStream_t stream) {
-  return for_loss(params.input.dtype, params.norm, [&](auto feature, auto norm) {
-    using T = decltype(feature);
-    return run<T, norm()>(Loss<WideOf<T>>(params), stream);
+  return for_wide(params.input.dtype, [&]<class Wide>(Wide) {
+    return for_loss<Wide>(params.input.dtype, params.norm, [&](auto feature, auto norm) {
+      return run<decltype(feature), norm()>(Loss<Wide>(params), stream);
+    });
   });
 }
 
 cudaError_t small_loss_backward(const LossBackwardParams& params, cudaStream_t stream) {
-  return for_loss(params.input.dtype, params.norm, [&](auto feature, auto norm) {
-    using T = decltype(feature);
-    return run_backward<T, norm()>(LossGrads<WideOf<T>>(params), stream);
+  return for_wide(params.input.dtype, [&]<class Wide>(Wide) {
+    return for_loss<Wide>(params.input.dtype, params.norm, [&](auto feature, auto norm) {
+      return run_backward<decltype(feature), norm()>(LossGrads<Wide>(params), stream);
+    });
   });
 }
 

@@ -8,9 +8,8 @@ namespace robustfast::cuda {
 
 constexpr int variance_backward_threads = 256;
 
-template <class T, int norm, class Wide>
-RF_DEVICE void sample_gradient(const LossGrads<Wide>& a, Wide grad_loss, int64_t i, int64_t column, bool whole) {
-  constexpr int count = pack_size<T>;
+template <class T, int norm, int count, class Wide>
+RF_DEVICE void sample_gradient(const LossGrads<Wide>& a, Wide grad_loss, int64_t i, int64_t column) {
   const int64_t row = a.slot[i];
   Pack<T, count> view[2];
   Pack<Wide, count> center, shared;
@@ -21,11 +20,11 @@ RF_DEVICE void sample_gradient(const LossGrads<Wide>& a, Wide grad_loss, int64_t
     for (int v = 0; v < 2; ++v) {
       const Matrix& features = v == 0 ? a.input : a.input_noise;
       if (!grads[v]) continue;
-      view[v] = load_pack<count>(row_of<T>(features, i), column, a.dim, whole);
+      view[v] = load_pack<count>(row_of<T>(features, i), column, a.dim);
       factor[v] = grad_loss * a.pull[v * a.n + i];
     }
-    center = load_pack<count>(a.center + row * a.dim, column, a.dim, whole);
-    shared = load_pack<count>(a.center_grad + row * a.dim, column, a.dim, whole);
+    center = load_pack<count>(a.center + row * a.dim, column, a.dim);
+    shared = load_pack<count>(a.center_grad + row * a.dim, column, a.dim);
   }
   RF_UNROLL
   for (int v = 0; v < 2; ++v) {
@@ -40,33 +39,26 @@ RF_DEVICE void sample_gradient(const LossGrads<Wide>& a, Wide grad_loss, int64_t
       }
       grad.value[k] = from_float<T>(value);
     }
-    store_pack(static_cast<T*>(grads[v]) + i * a.dim, column, a.dim, whole, grad);
+    store_pack<Reuse::never>(static_cast<T*>(grads[v]) + i * a.dim, column, a.dim, grad);
   }
 }
 
 // The part of `block`, of as many as `blocks`; every thread of them calls it.
-template <class T, int norm, class Wide>
-RF_DEVICE void variance_backward(const LossGrads<Wide>& a, int64_t block, int64_t blocks, bool whole) {
-  constexpr int count = pack_size<T>;
+template <class T, int norm, int count, class Wide>
+RF_DEVICE void variance_backward(const LossGrads<Wide>& a, int64_t block, int64_t blocks) {
   const Wide grad_loss = *a.grad_loss;
-  const Teams teams((a.dim + count - 1) / count, variance_backward_threads);
+  const Teams teams(a.dim / count, variance_backward_threads);
   for (int64_t i = block * teams.count + teams.team(); i < a.n; i += blocks * teams.count) {
     for (int64_t column = int64_t(teams.rank()) * count; column < a.dim; column += int64_t(teams.size) * count) {
-      sample_gradient<T, norm>(a, grad_loss, i, column, whole);
+      sample_gradient<T, norm, count>(a, grad_loss, i, column);
     }
   }
 }
 
-template <class T, class Wide>
-bool whole_packs(const LossGrads<Wide>& a) {
-  return whole_packs(a.input, a.dim, sizeof(T)) && whole_packs(a.input_noise, a.dim, sizeof(T));
-}
-
 // Blocks that give every team one sample.
-template <class T, class Wide>
-int64_t variance_backward_blocks(const LossGrads<Wide>& a) {
-  const Teams teams((a.dim + pack_size<T> - 1) / pack_size<T>, variance_backward_threads);
-  return (a.n + teams.count - 1) / teams.count;
+inline int64_t variance_backward_blocks(int64_t n, int64_t packs) {
+  const Teams teams(packs, variance_backward_threads);
+  return (n + teams.count - 1) / teams.count;
 }
 
 }  // namespace robustfast::cuda

@@ -88,6 +88,12 @@ unsigned __match_any_sync(unsigned, T value) {
   for (unsigned l = 0; l < 32; ++l) peers |= unsigned(all[l] == value) << l;
   return peers;
 }
+inline unsigned __ballot_sync(unsigned, bool holds) {
+  const auto all = emulation::gather("ballot", holds);
+  unsigned lanes = 0;
+  for (unsigned l = 0; l < 32; ++l) lanes |= unsigned(all[l]) << l;
+  return lanes;
+}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs(int(x)); }
 inline unsigned atomicAdd(unsigned* at, unsigned value) {

@@ -32,10 +32,11 @@ RF_DEVICE Vector16 load16(const void* from) {
   return value;
 }
 RF_DEVICE Vector16 load16_once(const void* from) { return load16(from); }
-RF_DEVICE void store16_once(void* to, Vector16 value) {
+RF_DEVICE void store16(void* to, Vector16 value) {
   check_alignment(to);
   memcpy(to, &value, 16);
 }
+RF_DEVICE void store16_once(void* to, Vector16 value) { store16(to, value); }
 
 RF_DEVICE uint32_t pack_bfloat16(float low, float high) {
   return uint32_t(from_float<bfloat16>(high).bits) << 16 | from_float<bfloat16>(low).bits;

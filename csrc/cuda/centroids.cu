@@ -1,0 +1,90 @@
+// mu_c = (1/n_c) sum of a class's features and m_c = mu_c or (1 - rho) mu_c + rho m_prev_c, the state after the step,
+// and what else depends on them alone. One block per item of a row; memory-bound on the features, which it reads once.
+#include "cuda/large.cuh"
+
+namespace robustfast::cuda {
+namespace {
+
+constexpr int centroids_threads = 256;
+
+// sum[d] = the features' sum over the item's samples.
+template <class T, int count, class Wide>
+RF_DEVICE void sum_item(const Loss<Wide>& a, const Workspace<Wide>& w, const Item& item, Wide* sum) {
+  constexpr int batch = 4;
+  const Teams teams(a.dim / count, centroids_threads);
+  for (int64_t first = 0; first < a.dim; first += int64_t(teams.size) * count) {
+    const int64_t column = first + int64_t(teams.rank()) * count;
+    Pack<Wide, count> total = {};
+    for (int32_t j = item.begin + teams.team(); j < item.end; j += batch * teams.count) {
+      Pack<T, count> x[batch];
+      RF_UNROLL
+      for (int b = 0; b < batch; ++b) {
+        const int32_t at = j + b * teams.count;
+        const T* row = row_of<T>(a.input, w.rows.order[at < item.end ? at : j]);
+        x[b] = load_pack<count>(row, column, at < item.end ? a.dim : 0);
+      }
+      RF_UNROLL
+      for (int b = 0; b < batch; ++b) {
+        RF_UNROLL
+        for (int k = 0; k < count; ++k) total.value[k] += Wide(to_float(x[b].value[k]));
+      }
+    }
+    teams.sum_across<centroids_threads>(total);
+    if (teams.team() == 0) store_pack<Reuse::soon>(sum, column, a.dim, total);
+  }
+}
+
+// From the sum in `mu` to the rest of the row.
+template <int norm, class Wide>
+RF_DEVICE void finish_centroid(const Loss<Wide>& a, const Workspace<Wide>& w, const Item& item, Wide* mu) {
+  const int64_t c = a.classes[item.row];
+  const bool seen = a.seen[c];
+  Wide* center = a.center + item.row * a.dim;
+  Wide sums[3] = {0, 0, 0};  // terms of the norm, W_c . mu_c, coordinates that are not finite
+#pragma unroll 1
+  for (int64_t d = threadIdx.x; d < a.dim; d += centroids_threads) {
+    const Wide mean = mu[d] / Wide(item.count());
+    const Wide blended = momentum_centroid(mean, a.centroids[c * a.dim + d], seen, a.momentum);
+    mu[d] = mean;
+    center[d] = blended;
+    sums[0] += norm_term<norm>(blended);
+    sums[1] += element<Wide>(a.weight, c, d) * mean;
+    sums[2] += Wide(!is_finite(blended));
+  }
+  block_sum(sums);
+  if (a.update_state && sums[2] == Wide(0)) {
+    for (int64_t d = threadIdx.x; d < a.dim; d += centroids_threads) a.centroids[c * a.dim + d] = center[d];
+  }
+  if (threadIdx.x != 0) return;
+  w.norm[item.row] = length_of<norm>(sums[0]);
+  w.gain[item.row] = momentum_gain(seen, a.momentum);
+  w.own_logit[item.row] = sums[1] + (a.bias.data ? element<Wide>(a.bias, c, 0) : Wide(0));
+  if (a.update_state && sums[2] == Wide(0)) a.seen[c] = true;
+}
+
+template <class T, int norm, int count, class Wide>
+__global__ void __launch_bounds__(centroids_threads, 3) centroids_kernel(const Loss<Wide> a, const Workspace<Wide> w) {
+  if (int64_t(blockIdx.x) >= w.rows.totals->items) return;
+  const Item item(w.rows, blockIdx.x);
+  Wide* mu = a.boundary_grad + item.row * a.dim;
+  sum_item<T, count>(a, w, item, item.parts() > 1 ? w.partial + item.place() * a.dim : mu);
+  if (row_complete(item, w, a.dim, mu)) finish_centroid<norm>(a, w, item, mu);
+}
+
+}  // namespace
+
+template <class Wide>
+cudaError_t centroids(const Loss<Wide>& a, const Workspace<Wide>& w, Dtype features, int64_t norm,
+                      cudaStream_t stream) {
+  return for_loss<Wide>(features, norm, [&](auto feature, auto p) {
+    using T = decltype(feature);
+    return for_packs<T>(whole_packs(a.input, a.dim, sizeof(T)), [&](auto count) {
+      return launch(centroids_kernel<T, p(), count(), Wide>, unsigned(w.rows.max_items()), centroids_threads, 0, stream,
+                    a, w);
+    });
+  });
+}
+template cudaError_t centroids(const Loss<float>&, const Workspace<float>&, Dtype, int64_t, cudaStream_t);
+template cudaError_t centroids(const Loss<double>&, const Workspace<double>&, Dtype, int64_t, cudaStream_t);
+
+}  // namespace robustfast::cuda

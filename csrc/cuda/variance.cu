@@ -1,0 +1,254 @@
+// Compactness and alignment, all that a row gives to terms and gradients once its distances are known, and the
+// backward. One block per item of a row; memory-bound on the features. Items run from the last to the first, because
+// centroids ran from the first to the last: the features that it read at its end may still be in the L2.
+#include "cuda/margin.cuh"
+#include "cuda/variance_backward.cuh"
+
+namespace robustfast::cuda {
+namespace {
+
+constexpr int variance_threads = 256;
+constexpr int variance_batch = 4;  // samples that a team has in flight, from each view
+
+// A team's samples of one batch.
+struct Batch {
+  int64_t sample[variance_batch];  // -1: none
+
+  RF_DEVICE Batch(const Rows& rows, const Item& item, const Teams& teams, int32_t first) {
+    RF_UNROLL
+    for (int b = 0; b < variance_batch; ++b) {
+      const int32_t at = first + b * teams.count + teams.team();
+      sample[b] = at < item.end ? rows.order[at] : -1;
+    }
+  }
+};
+
+// One column's pack of every sample of a batch, of both views.
+template <class T, int count>
+struct Views {
+  Pack<T, count> value[2][variance_batch];
+
+  template <class Wide>
+  RF_DEVICE Views(const Loss<Wide>& a, const Batch& batch, int64_t column) {
+    RF_UNROLL
+    for (int view = 0; view < 2; ++view) {
+      const Matrix& features = view == 0 ? a.input : a.input_noise;
+      RF_UNROLL
+      for (int b = 0; b < variance_batch; ++b) {
+        const bool there = batch.sample[b] >= 0 && features.data;
+        const T* row = there ? row_of<T>(features, batch.sample[b]) : nullptr;
+        value[view][b] = load_pack<count>(row, column, there ? a.dim : 0);
+      }
+    }
+  }
+
+  template <int norm, class Wide>
+  RF_DEVICE void add_lengths(const Pack<Wide, count>& center, Wide (&length)[2 * variance_batch]) const {
+    RF_UNROLL
+    for (int e = 0; e < 2 * variance_batch; ++e) {
+      RF_UNROLL
+      for (int k = 0; k < count; ++k) {
+        length[e] +=
+            norm_term<norm>(Wide(to_float(value[e / variance_batch][e % variance_batch].value[k])) - center.value[k]);
+      }
+    }
+  }
+
+  // total -= pull direction(x - m_c), for the samples that there are.
+  template <int norm, class Wide>
+  RF_DEVICE void subtract_pulls(const Pack<Wide, count>& center, const Wide (&pulls)[2 * variance_batch],
+                                Pack<Wide, count>& total) const {
+    RF_UNROLL
+    for (int e = 0; e < 2 * variance_batch; ++e) {
+      if (pulls[e] == Wide(0)) continue;
+      RF_UNROLL
+      for (int k = 0; k < count; ++k) {
+        const Wide x = to_float(value[e / variance_batch][e % variance_batch].value[k]);
+        total.value[k] -= pulls[e] * direction<norm>(x - center.value[k]);
+      }
+    }
+  }
+};
+
+// The sums in `value` become pulls, which are written; adds the squared hinges to `squares`. Eight neighbours in a team
+// have the same eight sums: each takes one and tells the others, since roots and quotients cost more than that.
+template <int norm, class Wide>
+RF_DEVICE void settle_pulls(const Loss<Wide>& a, const Batch& batch, const Teams& teams, Wide weight,
+                            Wide (&value)[2 * variance_batch], Wide (&squares)[2]) {
+  constexpr int all = 2 * variance_batch;
+  const int own = teams.rank() % all, view = own / variance_batch;
+  Wide mine = 0;
+  int64_t i = -1;
+  RF_UNROLL
+  for (int e = 0; e < all; ++e) {
+    if (e == own) mine = value[e], i = batch.sample[e % variance_batch];
+  }
+  const Wide length = length_of<norm>(mine), excess = hinge(length - a.delta_var);
+  const bool there = i >= 0 && (view == 0 ? a.input : a.input_noise).data;
+  mine = there ? pull<norm>(length, a.delta_var, weight) : Wide(0);
+  if (there && teams.rank() < all) {
+    a.pull[view * a.n + i] = mine;
+    squares[0] += view == 0 ? excess * excess : Wide(0);
+    squares[1] += view == 1 ? excess * excess : Wide(0);
+  }
+  RF_UNROLL
+  for (int e = 0; e < all; ++e) value[e] = __shfl_sync(all_lanes, mine, lane_id() - own + e);
+}
+
+// sum = -(sum of pull direction(x - m_c)) over the item, squares = sums of squared hinges (of this thread's samples).
+// `single`: a row is one pack of each thread of a team, so that it is read once.
+template <class T, int norm, int count, bool single, class Wide>
+RF_DEVICE void pull_item(const Loss<Wide>& a, const Workspace<Wide>& w, const Item& item, Wide* sum,
+                         Wide (&squares)[2]) {
+  const Teams teams(a.dim / count, variance_threads);
+  const int64_t own_column = int64_t(teams.rank()) * count, step = int64_t(teams.size) * count;
+  const Wide* center_row = a.center + item.row * a.dim;
+  const auto center_at = [&](int64_t column) { return load_pack<count>(center_row, column, a.dim); };
+  const Wide weight = a.share() / (Wide(w.rows.totals->rows) * Wide(item.count()));
+  Pack<Wide, count> total = {};
+  for (int32_t first = item.begin; first < item.end; first += variance_batch * teams.count) {
+    const Batch batch(w.rows, item, teams, first);
+    Wide value[2 * variance_batch] = {};
+    if constexpr (single) {
+      const Pack<Wide, count> center = center_at(own_column);
+      const Views<T, count> views(a, batch, own_column);
+      views.template add_lengths<norm>(center, value);
+      teams.sum(value);
+      settle_pulls<norm>(a, batch, teams, weight, value, squares);
+      views.template subtract_pulls<norm>(center, value, total);
+    } else {
+      for (int64_t column = own_column; column < a.dim; column += step) {
+        Views<T, count>(a, batch, column).template add_lengths<norm>(center_at(column), value);
+      }
+      teams.sum(value);
+      settle_pulls<norm>(a, batch, teams, weight, value, squares);
+      for (int64_t column = own_column; column < a.dim; column += step) {  // one team: nobody else has this column
+        Pack<Wide, count> so_far = {};
+        if (first != item.begin) so_far = load_pack<count>(sum, column, a.dim);
+        Views<T, count>(a, batch, column).template subtract_pulls<norm>(center_at(column), value, so_far);
+        store_pack<Reuse::soon>(sum, column, a.dim, so_far);
+      }
+    }
+  }
+  if constexpr (single) {
+    teams.sum_across<variance_threads>(total);
+    if (teams.team() == 0) store_pack<Reuse::soon>(sum, own_column, a.dim, total);
+  }
+  block_sum(squares);
+}
+
+// The squared hinges of a row from those of its parts, for thread 0.
+template <class Wide>
+RF_DEVICE void add_squares(const Item& item, const Workspace<Wide>& w, Wide (&squares)[2]) {
+  if (item.parts() == 1) return;
+  squares[0] = squares[1] = 0;
+  for (int32_t part = 0; part < item.parts(); ++part) {
+    squares[0] += w.partial_squares[2 * item.place(part)];
+    squares[1] += w.partial_squares[2 * item.place(part) + 1];
+  }
+}
+
+// The margin of a row and its gradients; `sum` becomes center_grad, mu boundary_grad.
+template <int norm, class Wide>
+RF_DEVICE void finish_row(const Loss<Wide>& a, const Workspace<Wide>& w, const Item& item, Wide (&squares)[2]) {
+  const int64_t row = item.row, c = a.classes[row];
+  Wide *sum = a.center_grad + row * a.dim, *mu = a.boundary_grad + row * a.dim;
+  const Wide* center = a.center + row * a.dim;
+  int32_t winner;
+  const Boundary<Wide> boundary = settle_margin(a, w, row, c, mu, winner);
+  if (!boundary.active()) winner = -1;
+  const Wide count = Wide(item.count()), gain = w.gain[row];
+  const Wide pull_to_zero = a.gamma / Wide(w.rows.totals->rows) * slope<norm>(w.norm[row]);
+#pragma unroll 1
+  for (int64_t d = threadIdx.x; d < a.dim; d += variance_threads) {
+    Wide to_centroid = gain * (sum[d] + pull_to_zero * direction<norm>(center[d])), to_weight = 0;
+    if (winner >= 0) {
+      const Wide normal = element<Wide>(a.weight, winner, d) - element<Wide>(a.weight, c, d);
+      to_centroid += boundary.to_centroid(normal);
+      to_weight = boundary.to_weight(normal, mu[d]);
+    }
+    sum[d] = to_centroid / count;
+    mu[d] = to_weight;
+  }
+  if (threadIdx.x != 0) return;
+  add_squares(item, w, squares);
+  a.winner[row] = winner;
+  a.boundary_bias[row] = boundary.to_bias();
+  const Wide terms[4] = {squares[0] / count, squares[1] / count, boundary.margin, w.norm[row]};
+  RF_UNROLL
+  for (int term = 0; term < 4; ++term) w.row_terms[term * a.capacity + row] = terms[term];
+}
+
+template <class Wide>
+RF_DEVICE void sum_rows(const Loss<Wide>& a, const Workspace<Wide>& w) {
+  const int32_t rows = w.rows.totals->rows;
+  Wide sum[4] = {0, 0, 0, 0};
+  RF_UNROLL
+  for (int term = 0; term < 4; ++term) {
+    for (int32_t row = int32_t(threadIdx.x); row < rows; row += variance_threads) {
+      sum[term] += w.row_terms[term * a.capacity + row];
+    }
+  }
+  block_sum(sum);
+  if (threadIdx.x == 0) write_terms(a, rows, sum);
+}
+
+template <class T, int norm, int count, bool single, class Wide>
+__global__ void __launch_bounds__(variance_threads, 2) variance_kernel(const Loss<Wide> a, const Workspace<Wide> w) {
+  const RowTotals totals = *w.rows.totals;
+  if (totals.rows == 0 && blockIdx.x == 0) return sum_rows(a, w);
+  const int64_t index = int64_t(totals.items) - 1 - blockIdx.x;
+  if (index < 0) return;
+  const Item item(w.rows, index);
+  Wide* sum = a.center_grad + item.row * a.dim;
+  Wide squares[2] = {0, 0};
+  const bool partial = item.parts() > 1;
+  pull_item<T, norm, count, single>(a, w, item, partial ? w.partial + item.place() * a.dim : sum, squares);
+  if (partial && threadIdx.x == 0) {
+    w.partial_squares[2 * item.place()] = squares[0];
+    w.partial_squares[2 * item.place() + 1] = squares[1];
+  }
+  if (!row_complete(item, w, a.dim, sum)) return;
+  finish_row<norm>(a, w, item, squares);
+  if (last_to_arrive(w.rows.finished, unsigned(totals.rows))) sum_rows(a, w);
+}
+
+template <class T, int norm, int count, class Wide>
+__global__ void __launch_bounds__(variance_backward_threads, 3) variance_backward_kernel(const LossGrads<Wide> a) {
+  variance_backward<T, norm, count>(a, blockIdx.x, gridDim.x);
+}
+
+}  // namespace
+
+template <class Wide>
+cudaError_t variance(const Loss<Wide>& a, const Workspace<Wide>& w, Dtype features, int64_t norm, cudaStream_t stream) {
+  return for_loss<Wide>(features, norm, [&](auto feature, auto p) {
+    using T = decltype(feature);
+    const bool whole = whole_packs(a.input, a.dim, sizeof(T)) && whole_packs(a.input_noise, a.dim, sizeof(T));
+    return for_packs<T>(whole, [&](auto count) {
+      const bool single = a.dim <= variance_threads * count();
+      const auto kernel =
+          single ? variance_kernel<T, p(), count(), true, Wide> : variance_kernel<T, p(), count(), false, Wide>;
+      return launch(kernel, unsigned(w.rows.max_items()), variance_threads, 0, stream, a, w);
+    });
+  });
+}
+template cudaError_t variance(const Loss<float>&, const Workspace<float>&, Dtype, int64_t, cudaStream_t);
+template cudaError_t variance(const Loss<double>&, const Workspace<double>&, Dtype, int64_t, cudaStream_t);
+
+template <class Wide>
+cudaError_t variance_backward(const LossGrads<Wide>& a, Dtype features, int64_t norm, cudaStream_t stream) {
+  return for_loss<Wide>(features, norm, [&](auto feature, auto p) {
+    using T = decltype(feature);
+    const bool whole = whole_packs(a.input, a.dim, sizeof(T)) && whole_packs(a.input_noise, a.dim, sizeof(T));
+    return for_packs<T>(whole, [&](auto count) {
+      const int64_t most = 1 << 20, blocks = variance_backward_blocks(a.n, a.dim / count());
+      return launch(variance_backward_kernel<T, p(), count(), Wide>, unsigned(blocks < most ? blocks : most),
+                    variance_backward_threads, 0, stream, a);
+    });
+  });
+}
+template cudaError_t variance_backward(const LossGrads<float>&, Dtype, int64_t, cudaStream_t);
+template cudaError_t variance_backward(const LossGrads<double>&, Dtype, int64_t, cudaStream_t);
+
+}  // namespace robustfast::cuda
