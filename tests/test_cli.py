@@ -18,13 +18,16 @@ runner = CliRunner()
 
 @pytest.fixture
 def run_dir(tmp_path, monkeypatch):
-    """An empty working directory with tiny.npz."""
+    """A working directory that holds tiny.npz alone, and one thread, as the demo's runs have."""
     rng = np.random.default_rng(0)
     labels = np.arange(40) % 2
     images = (rng.integers(0, 200, (40, 8, 8)) + 55 * labels[:, None, None]).astype(np.uint8)
     np.savez(tmp_path / "tiny.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield tmp_path
+    torch.set_num_threads(threads)
 
 
 TRAIN = ("train", "--data", "npz:tiny.npz", "--epochs", "2", "--out", "run", "--test-sigmas", "0.2", "--flip")
@@ -75,15 +78,10 @@ def test_train_resumes_where_it_was_interrupted(run_dir, monkeypatch):
 
 
 def test_default_folder_and_threads(run_dir):
-    threads = torch.get_num_threads()
-    try:
-        shown = invoke(
-            "train", "--data", "npz:tiny.npz", "--epochs", "1", "--method", "noisy", "--seed", "7", "--threads", "1"
-        )
-        assert shown.exit_code == 0, shown.output
-        assert files.read_json(Path("runs/digits-noisy-7") / files.RESULTS)["environment"]["threads"] == 1
-    finally:
-        torch.set_num_threads(threads)
+    arguments = ("train", "--data", "npz:tiny.npz", "--epochs", "1", "--method", "noisy", "--seed", "7")
+    shown = invoke(*arguments, "--threads", "2")
+    assert shown.exit_code == 0, shown.output
+    assert files.read_json(Path("runs/digits-noisy-7") / files.RESULTS)["environment"]["threads"] == 2
 
 
 def test_every_setting_is_an_option():
@@ -100,10 +98,7 @@ def test_demo(run_dir):
     assert len(content["runs"]) == 5 and all(method in shown.output for method in cli.METHODS)
     assert all(f"{100 * point['mean']:.1f} ± 0.0" in shown.output for point in content["summary"])
     assert (run_dir / "demo" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     alone = train(preset("digits", "discriminative", epochs=1))
-    torch.set_num_threads(threads)
     assert content["runs"][4]["history"] == alone["history"], "a run does not depend on those beside it"
     documented = (ROOT / "docs" / "results.md").read_text().partition("field of the demo")[2]
     assert all(f"| `{field}` |" in documented for field in content)

@@ -332,9 +332,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(tiny, tmp_path, method):
 
 def test_a_killed_process_is_resumed_to_the_same_bits(tiny, tmp_path):
     """SIGKILL at no chosen moment: whatever was being written, the last whole epoch is there."""
-    config = replace(tiny, epochs=60)
+    config = replace(tiny, epochs=30)
     out = tmp_path / "killed"
-    options = ["--data", config.data, "--epochs", "60", "--batch-size", "8", "--inter-dim", "8", "--milestones", "2"]
+    options = ["--data", config.data, "--epochs", "30", "--batch-size", "8", "--inter-dim", "8", "--milestones", "2"]
     options += ["--crop", "1", "--flip", "--test-sigmas", "0.3", "--threads", "1", "--out", str(out)]
     process = subprocess.Popen(
         [sys.executable, "-m", "robustfast", "train", *options], cwd=ROOT, stdout=subprocess.DEVNULL
