@@ -25,7 +25,7 @@ def compare(
     Runs go in parallel, one thread each: small models do not fill several. So results do not depend on the number of
     workers (default: as many as this process may use cores).
     """
-    workers = min(workers or len(os.sched_getaffinity(0)), len(configs))
+    workers = min(workers or usable_cores(), len(configs))
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,))
     with pool:
         futures = [pool.submit(train, config) for config in configs]
@@ -37,6 +37,11 @@ def compare(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def usable_cores() -> int:
+    """The number of cores this process may use, where the system can say so; else of all there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def summarise(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

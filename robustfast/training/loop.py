@@ -93,7 +93,8 @@ def train(
     """Train as ``config`` says, keep the weights of the best epoch, and test them once.
 
     Args:
-        config: all settings; they fix the result bit for bit on one machine, PyTorch version and number of threads.
+        config: all settings; on the CPU they fix the result bit for bit, for one machine, version of PyTorch, backend
+            and number of threads; on a GPU as far as cuDNN's algorithms repeat theirs.
         out: folder for the run: its state after every epoch, then model.safetensors (the best epoch's weights) and
             results.json. None keeps everything in memory.
         on_epoch: called with each new record of the history, after it is on the disk.
