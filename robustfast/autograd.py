@@ -1,14 +1,49 @@
 """Autograd Functions over the registered ops: one set for every backend, since the ops have one signature each.
 
-All are once differentiable; the reference is there for more.
+All are once differentiable and say so when asked for more; the reference is there for that.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch.autograd.function import once_differentiable
 
 from robustfast.backends import ops
+
+
+class Refusal(torch.autograd.Function):
+    """The gradients as they are, with an error behind them."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Any) -> tuple[Any, ...]:
+        return tuple(None if grad is None else grad.view_as(grad) for grad in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> None:
+        raise RuntimeError(
+            "robustfast's kernels are once differentiable; for higher derivatives take backend='reference'"
+        )
+
+
+def once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """Like PyTorch's decorator, which is silent, however, where the incoming gradient is a constant.
+
+    A second derivative then lacks what comes through the inputs. So with ``create_graph`` all saved tensors stand
+    before the error.
+    """
+
+    @functools.wraps(backward)
+    def once(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return results
+        return Refusal.apply(len(results), *results, *grads, *ctx.saved_tensors)
+
+    return once
 
 
 class DiscriminativeLossFunction(torch.autograd.Function):

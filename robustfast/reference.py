@@ -101,8 +101,20 @@ def class_centroids(
     """mu_c = (1/n_c) sum of the class's features, and m_c = mu_c if c is new, else (1 - rho) mu_c + rho m_prev_c."""
     sums = features.new_zeros(rows.count.numel() + 1, features.shape[1]).index_add(0, rows.slot, features)[:-1]
     mu = sums / rows.count.clamp(min=1).unsqueeze(1)
-    blended = (1 - momentum) * mu + momentum * centroids[rows.classes]
-    return mu, torch.where(seen[rows.classes].unsqueeze(1), blended, mu)
+    previous, known = read_state(centroids, rows.classes), read_state(seen, rows.classes)
+    blended = (1 - momentum) * mu + momentum * previous
+    return mu, torch.where(known.unsqueeze(1), blended, mu)
+
+
+def read_state(table: Tensor, classes: Tensor) -> Tensor:
+    """Rows of the state as they are now.
+
+    Plain indexing would do in eager mode, but torch.compile would repeat it in the backward, where the state has moved
+    on; a scatter it does not repeat.
+    """
+    return table.new_zeros((classes.numel(), *table.shape[1:])).index_copy(
+        0, torch.arange(classes.numel(), device=classes.device), table[classes]
+    )
 
 
 def variance(

@@ -1,0 +1,79 @@
+"""Inputs of the loss for its tests, and its results as one dictionary."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from robustfast import functional
+
+DATA = Path(__file__).parent / "data"
+GOLDEN = sorted(path.stem for path in DATA.glob("*.npz"))
+
+
+def golden_steps(case, dtype, device="cpu"):
+    """Yield (tensors, keywords, expected) of each step of a golden case; the state starts empty and is carried on."""
+    archive = np.load(DATA / f"{case}.npz")
+    keywords = json.loads(str(archive["params"]))
+    steps, classes, dim = (keywords.pop(name) for name in ("steps", "num_classes", "dim"))
+    state = torch.zeros(classes, dim, dtype=dtype, device=device), torch.zeros(classes, dtype=torch.bool, device=device)
+    for step in range(steps):
+        prefix = f"s{step}_"
+        expected = {
+            key.removeprefix(prefix): torch.from_numpy(archive[key]) for key in archive if key.startswith(prefix)
+        }
+        cast = [
+            torch.from_numpy(archive[key]).to(device, dtype)
+            for key in (f"s{step}_input", f"s{step}_input_noise", "weight", "bias")
+        ]
+        del expected["input"], expected["input_noise"]
+        f, g, weight, bias = cast
+        yield (f, g, expected.pop("target").to(device), weight, bias, *state), keywords, expected
+
+
+def random_case(n=50, dim=12, classes=7, *, dtype=torch.float32, weight_dtype=None, seed=0, seen=0.5, device="cpu"):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    weight_dtype = weight_dtype or dtype
+    f = normal(n, dim)
+    tensors = (
+        f.to(dtype),
+        (f + 0.3 * normal(n, dim)).to(dtype),
+        torch.randint(classes, (n,), generator=generator),
+        normal(classes, dim).to(weight_dtype),
+        normal(classes).to(weight_dtype),
+        normal(classes, dim).to(wide),
+        torch.rand(classes, generator=generator) < seen,
+    )
+    return tuple(tensor.to(device) for tensor in tensors)
+
+
+def run(tensors, backend, **keywords):
+    """Loss, terms, gradients and the state after one step; the tensors given are left as they were."""
+    f, g, target, weight, bias, centroids, seen = tensors
+    leaves = [None if t is None else t.detach().requires_grad_() for t in (f, g, weight, bias)]
+    centroids, seen = centroids.clone(), seen.clone()
+    terms = functional.discriminative_loss(
+        leaves[0], leaves[1], target, leaves[2], leaves[3], centroids, seen, backend=backend, **keywords
+    )
+    terms.loss.backward()
+    names = ("grad_input", "grad_input_noise", "grad_weight", "grad_bias")
+    grads = {name: leaf.grad for name, leaf in zip(names, leaves, strict=True) if leaf is not None}
+    return {**{k: v.detach() for k, v in terms._asdict().items()}, **grads, "centroids": centroids, "seen": seen}
+
+
+def assert_close(actual, expected, relative, absolute=1e-300):
+    """Within ``relative`` of the largest entry, for every quantity that is expected."""
+    for name, value in expected.items():
+        value = value.to(actual[name].device)
+        if value.dtype == torch.bool:
+            assert torch.equal(actual[name], value), name
+            continue
+        error = (actual[name].double() - value.double()).abs().max() if value.numel() else torch.tensor(0.0)
+        scale = value.double().abs().max() if value.numel() else torch.tensor(0.0)
+        assert error <= relative * scale + absolute, f"{name}: {float(error)} of {float(scale)}"
