@@ -1,0 +1,409 @@
+// The noise: Philox, Box and Muller's transform, clip and normalisation in registers between one read and one write of
+// each element. A thread takes the elements of whole Philox counters, which are neighbours in a plane; where channels
+// are interleaved it takes the same pixels of all three. Bound by memory, closely followed by integer arithmetic.
+#include <type_traits>
+
+#include "cuda/device.cuh"
+#include "cuda/kernels.h"
+#include "math/normal.h"
+
+namespace robustfast::cuda {
+namespace {
+
+constexpr int noise_threads = 256;
+
+// ---- what is computed of an element ----
+
+template <class Wide>
+struct Clip {
+  Wide low, high;
+  RF_DEVICE Wide operator()(Wide x) const {  // nan passes
+    x = x < low ? low : x;
+    return x > high ? high : x;
+  }
+  RF_DEVICE bool passes(Wide x) const { return low <= x && x <= high; }
+};
+
+// An op: from the noise and the inputs of an element to its outputs. `Channel` is what it knows of a channel.
+template <class F>
+struct Add {
+  using Wide = F;
+  static constexpr int inputs = 1, outputs = 1;
+  Clip<Wide> clip;
+
+  struct Channel {};
+  RF_DEVICE Channel channel(int64_t) const { return {}; }
+  RF_DEVICE void operator()(Channel, Wide noise, const Wide (&in)[inputs], Wide (&out)[outputs]) const {
+    out[0] = clip(in[0] + noise);
+  }
+};
+
+template <class F>
+struct AddBackward {
+  using Wide = F;
+  static constexpr int inputs = 2, outputs = 1;  // grad, input
+  Clip<Wide> clip;
+
+  struct Channel {};
+  RF_DEVICE Channel channel(int64_t) const { return {}; }
+  RF_DEVICE void operator()(Channel, Wide noise, const Wide (&in)[inputs], Wide (&out)[outputs]) const {
+    out[0] = clip.passes(in[1] + noise) ? in[0] : Wide(0);
+  }
+};
+
+template <class F>
+struct NormalizedPair {
+  using Wide = F;
+  static constexpr int inputs = 1, outputs = 2;  // images; clean, noisy
+  Clip<Wide> clip;
+  const float *mean, *pixel_std;
+
+  struct Channel {
+    Wide mean, scale;
+  };
+  RF_DEVICE Channel channel(int64_t c) const { return {Wide(mean[c]), Wide(1) / Wide(pixel_std[c])}; }
+  RF_DEVICE void operator()(Channel c, Wide noise, const Wide (&in)[inputs], Wide (&out)[outputs]) const {
+    out[0] = (in[0] - c.mean) * c.scale;
+    out[1] = (clip(in[0] + noise) - c.mean) * c.scale;
+  }
+};
+
+template <class F>
+struct NormalizedPairBackward {
+  using Wide = F;
+  static constexpr int inputs = 3, outputs = 1;  // grad_clean, grad_noisy, images
+  Clip<Wide> clip;
+  const float* pixel_std;
+
+  struct Channel {
+    Wide scale;
+  };
+  RF_DEVICE Channel channel(int64_t c) const { return {Wide(1) / Wide(pixel_std[c])}; }
+  RF_DEVICE void operator()(Channel c, Wide noise, const Wide (&in)[inputs], Wide (&out)[outputs]) const {
+    out[0] = (in[0] + (clip.passes(in[2] + noise) ? in[1] : Wide(0))) * c.scale;
+  }
+};
+
+// ---- the noise of an element ----
+
+// Four numbers, times the scale: those of elements 4 quad ... 4 quad + 3 of a sample.
+RF_DEVICE void quad_noise(const Noise& noise, uint64_t sample_id, uint32_t quad, float (&value)[4]) {
+  const uint64_t seed = uint64_t(*noise.seed);
+  const Words words = philox4x32({quad, uint32_t(sample_id), uint32_t(sample_id >> 32), noise.draw}, uint32_t(seed),
+                                 uint32_t(seed >> 32));
+  const bool gaussian = noise.distribution == Distribution::gaussian;
+  const Pair first = gaussian ? box_muller(words.w0, words.w1) : uniform_pair(words.w0, words.w1);
+  const Pair second = gaussian ? box_muller(words.w2, words.w3) : uniform_pair(words.w2, words.w3);
+  value[0] = noise.scale * first.first, value[1] = noise.scale * first.second;
+  value[2] = noise.scale * second.first, value[3] = noise.scale * second.second;
+}
+
+RF_DEVICE uint64_t id_of(const Noise& noise, int64_t sample) {
+  return noise.sample_ids ? uint64_t(noise.sample_ids[sample]) : uint64_t(sample);
+}
+
+template <class Wide, class T>
+RF_DEVICE Wide widen(T x) {
+  if constexpr (std::is_same_v<T, uint8_t>) {
+    return Wide(x) / 255;
+  } else {
+    return Wide(to_float(x));
+  }
+}
+
+// ---- operands ----
+
+template <class Op>
+struct Operands {
+  Matrix in[Op::inputs];
+  Output out[Op::outputs];
+};
+
+// `count` neighbouring elements, in the widest accesses that divide them.
+template <class T, int count>
+struct Elements {
+  static constexpr int bytes = count * sizeof(T), width = bytes % 16 == 0 ? 16 : bytes % 8 == 0 ? 8 : 4;
+  using Word = std::conditional_t<width == 16, Vector16, std::conditional_t<width == 8, uint64_t, uint32_t>>;
+  static constexpr int words = bytes / width;
+  T value[count];
+
+  RF_DEVICE void load(const T* from) {
+    Word word[words];
+    RF_UNROLL
+    for (int w = 0; w < words; ++w) {
+      if constexpr (width == 16) {
+        word[w] = load16_once(from + w * (16 / sizeof(T)));
+      } else {
+        word[w] = reinterpret_cast<const Word*>(from)[w];
+      }
+    }
+    memcpy(value, word, bytes);
+  }
+
+  RF_DEVICE void store(T* to) const {
+    static_assert(width == 16, "outputs are written 16 bytes at a time");
+    Word word[words];
+    memcpy(word, value, bytes);
+    RF_UNROLL
+    for (int w = 0; w < words; ++w) store16_once(to + w * (16 / sizeof(T)), word[w]);
+  }
+};
+
+// ---- whole groups: every operand dense and aligned ----
+
+// Elements of a channel that a thread takes: a whole number of quads, and of 16-byte words of the output.
+template <class Out>
+constexpr int group_size = 16 / sizeof(Out) > 4 ? 16 / sizeof(Out) : 4;
+
+// One group per thread: `size` elements of a plane, or of each of `interleaved` planes. A sample has `parts` blocks.
+template <class Op, class In, class Out, int interleaved>
+__global__ void __launch_bounds__(noise_threads, interleaved == 1 ? 3 : 2)
+    groups_kernel(const Op op, const Noise noise, const Samples samples, const Operands<Op> operands, unsigned parts) {
+  using Wide = typename Op::Wide;
+  constexpr int size = group_size<Out>, count = interleaved * size;
+  const int64_t sample = blockIdx.x / parts;
+  const uint32_t group = blockIdx.x % parts * noise_threads + threadIdx.x, groups_of_plane = samples.plane / size;
+  if (group >= groups_of_plane * (samples.channels / interleaved)) return;
+  const uint32_t channel = group / groups_of_plane;  // 0 where channels are interleaved
+  const int64_t pixel = int64_t(group % groups_of_plane) * size;
+  const int64_t first = channel * samples.plane + pixel * interleaved;
+
+  Elements<In, count> in[Op::inputs];
+  RF_UNROLL
+  for (int k = 0; k < Op::inputs; ++k) {
+    in[k].load(static_cast<const In*>(operands.in[k].data) + sample * operands.in[k].stride + first);
+  }
+  const uint64_t id = id_of(noise, sample);
+  Elements<Out, count> out[Op::outputs];
+  RF_UNROLL
+  for (int c = 0; c < interleaved; ++c) {
+    const typename Op::Channel of_channel = op.channel(channel + c);
+    RF_UNROLL
+    for (int quad = 0; quad < size; quad += 4) {
+      float values[4];
+      quad_noise(noise, id, uint32_t(((channel + c) * samples.plane + pixel + quad) / 4), values);
+      RF_UNROLL
+      for (int k = 0; k < 4; ++k) {
+        const int at = (quad + k) * interleaved + c;
+        Wide from[Op::inputs], to[Op::outputs];
+        RF_UNROLL
+        for (int i = 0; i < Op::inputs; ++i) from[i] = widen<Wide>(in[i].value[at]);
+        op(of_channel, Wide(values[k]), from, to);
+        RF_UNROLL
+        for (int o = 0; o < Op::outputs; ++o) out[o].value[at] = from_float<Out>(to[o]);
+      }
+    }
+  }
+  RF_UNROLL
+  for (int o = 0; o < Op::outputs; ++o) {
+    out[o].store(static_cast<Out*>(operands.out[o].data) + sample * operands.out[o].stride + first);
+  }
+}
+
+// ---- any shape, alignment and dtypes: a thread takes one quad, element by element ----
+
+template <class Wide>
+RF_DEVICE Wide load_any(const Matrix& from, int64_t at) {
+  switch (from.dtype) {
+    case Dtype::uint8:
+      return widen<Wide>(static_cast<const uint8_t*>(from.data)[at]);
+    case Dtype::float64:
+      return widen<Wide>(static_cast<const double*>(from.data)[at]);
+    case Dtype::bfloat16:
+      return widen<Wide>(static_cast<const bfloat16*>(from.data)[at]);
+    case Dtype::float16:
+      return widen<Wide>(static_cast<const float16*>(from.data)[at]);
+    default:
+      return widen<Wide>(static_cast<const float*>(from.data)[at]);
+  }
+}
+
+template <class Wide>
+RF_DEVICE void store_any(const Output& to, int64_t at, Wide value) {
+  switch (to.dtype) {
+    case Dtype::float64:
+      static_cast<double*>(to.data)[at] = double(value);
+      break;
+    case Dtype::bfloat16:
+      static_cast<bfloat16*>(to.data)[at] = from_float<bfloat16>(value);
+      break;
+    case Dtype::float16:
+      static_cast<float16*>(to.data)[at] = from_float<float16>(value);
+      break;
+    default:
+      static_cast<float*>(to.data)[at] = float(value);
+  }
+}
+
+template <class Op>
+__global__ void __launch_bounds__(noise_threads)
+    quads_kernel(const Op op, const Noise noise, const Samples samples, const Operands<Op> operands, unsigned parts) {
+  using Wide = typename Op::Wide;
+  const int64_t sample = blockIdx.x / parts, size = samples.channels * samples.plane;
+  const int64_t quad = int64_t(blockIdx.x % parts) * noise_threads + threadIdx.x;
+  if (4 * quad >= size) return;
+  float values[4];
+  quad_noise(noise, id_of(noise, sample), uint32_t(quad), values);
+  RF_UNROLL
+  for (int k = 0; k < 4; ++k) {
+    const int64_t e = 4 * quad + k;
+    if (e >= size) return;
+    const int64_t channel = e / samples.plane;
+    const int64_t at = samples.channels_last ? e % samples.plane * samples.channels + channel : e;
+    Wide from[Op::inputs], to[Op::outputs];
+    RF_UNROLL
+    for (int i = 0; i < Op::inputs; ++i) {
+      from[i] = load_any<Wide>(operands.in[i], sample * operands.in[i].stride + at);
+    }
+    op(op.channel(channel), Wide(values[k]), from, to);
+    RF_UNROLL
+    for (int o = 0; o < Op::outputs; ++o) store_any(operands.out[o], sample * operands.out[o].stride + at, to[o]);
+  }
+}
+
+__global__ void __launch_bounds__(noise_threads)
+    words_kernel(const int64_t* seed, int64_t sample_id, uint32_t draw, int64_t quads, int64_t* words) {
+  const int64_t quad = int64_t(blockIdx.x) * noise_threads + threadIdx.x;
+  if (quad >= quads) return;
+  const uint64_t key = uint64_t(*seed), id = uint64_t(sample_id);
+  const Words made =
+      philox4x32({uint32_t(quad), uint32_t(id), uint32_t(id >> 32), draw}, uint32_t(key), uint32_t(key >> 32));
+  words[4 * quad] = made.w0, words[4 * quad + 1] = made.w1;
+  words[4 * quad + 2] = made.w2, words[4 * quad + 3] = made.w3;
+}
+
+// ---- launches ----
+
+bool aligned(const void* data, int64_t stride, int64_t element_bytes) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * element_bytes % 16 == 0;
+}
+
+// Whether all operands have these dtypes and samples that begin at a 16-byte boundary.
+template <class Op, class In, class Out>
+bool are(const Operands<Op>& operands, Dtype in, Dtype out) {
+  for (const Matrix& m : operands.in) {
+    if (m.dtype != in || !aligned(m.data, m.stride, sizeof(In))) return false;
+  }
+  for (const Output& o : operands.out) {
+    if (o.dtype != out || !aligned(o.data, o.stride, sizeof(Out))) return false;
+  }
+  return true;
+}
+
+unsigned blocks_of(int64_t threads) { return unsigned((threads + noise_threads - 1) / noise_threads); }
+
+template <class Op, class In, class Out, int interleaved>
+cudaError_t launch_groups(const Op& op, const Noise& noise, const Samples& s, const Operands<Op>& operands,
+                          cudaStream_t stream) {
+  const unsigned parts = blocks_of(s.plane / group_size<Out> * (s.channels / interleaved));
+  return launch(groups_kernel<Op, In, Out, interleaved>, unsigned(s.count * parts), noise_threads, 0, stream, op, noise,
+                s, operands, parts);
+}
+
+// Runs the op on whole groups if its operands are In and Out and their layout allows that; false if not.
+template <class In, class Out, class Op>
+bool try_groups(Dtype in, Dtype out, const Op& op, const Noise& noise, const Samples& s, const Operands<Op>& operands,
+                cudaStream_t stream, cudaError_t& error) {
+  const int64_t interleaved = s.channels_last ? s.channels : 1;
+  if (!are<Op, In, Out>(operands, in, out) || s.plane % group_size<Out> != 0) return false;
+  if (interleaved == 1) {
+    error = launch_groups<Op, In, Out, 1>(op, noise, s, operands, stream);
+  } else if (interleaved == 3) {
+    error = launch_groups<Op, In, Out, 3>(op, noise, s, operands, stream);
+  } else {
+    return false;
+  }
+  return true;
+}
+
+template <class Op>
+cudaError_t launch_quads(const Op& op, const Noise& noise, const Samples& s, const Operands<Op>& operands,
+                         cudaStream_t stream) {
+  const unsigned parts = blocks_of((s.channels * s.plane + 3) / 4);
+  return launch(quads_kernel<Op>, unsigned(s.count * parts), noise_threads, 0, stream, op, noise, s, operands, parts);
+}
+
+// Operands of one dtype, of which Wide is the sum's; anything else goes element by element.
+template <class Op>
+cudaError_t run_same(const Op& op, const Noise& noise, const Samples& s, const Operands<Op>& operands,
+                     cudaStream_t stream) {
+  cudaError_t error = cudaSuccess;
+  bool done = false;
+  const Dtype dtype = operands.out[0].dtype;
+  for_features<typename Op::Wide>(dtype, [&](auto element) {
+    using T = decltype(element);
+    done = try_groups<T, T>(dtype, dtype, op, noise, s, operands, stream, error);
+  });
+  return done ? error : launch_quads(op, noise, s, operands, stream);
+}
+
+template <class Wide>
+Clip<Wide> clip_of(const Noise& noise) {
+  return {Wide(noise.low), Wide(noise.high)};
+}
+
+bool empty(const Samples& s) { return s.count * s.channels * s.plane == 0; }
+
+// function(Wide()): double where the result is.
+template <class Function>
+cudaError_t for_result(Dtype dtype, const Function& function) {
+  return dtype == Dtype::float64 ? function(double()) : function(float());
+}
+
+}  // namespace
+
+cudaError_t add_noise(const Noise& noise, const Samples& samples, Matrix input, Output noisy, cudaStream_t stream) {
+  if (empty(samples)) return cudaSuccess;
+  return for_result(noisy.dtype, [&]<class Wide>(Wide) {
+    const Operands<Add<Wide>> operands = {{input}, {noisy}};
+    return run_same(Add<Wide>{clip_of<Wide>(noise)}, noise, samples, operands, stream);
+  });
+}
+
+cudaError_t add_noise_backward(const Noise& noise, const Samples& samples, Matrix grad, Matrix input, Output grad_input,
+                               cudaStream_t stream) {
+  if (empty(samples)) return cudaSuccess;
+  return for_result(grad_input.dtype, [&]<class Wide>(Wide) {
+    const Operands<AddBackward<Wide>> operands = {{grad, input}, {grad_input}};
+    return run_same(AddBackward<Wide>{clip_of<Wide>(noise)}, noise, samples, operands, stream);
+  });
+}
+
+cudaError_t noisy_pair(const Noise& noise, const Samples& samples, Matrix images, const float* mean,
+                       const float* pixel_std, Output clean, Output noisy, cudaStream_t stream) {
+  if (empty(samples)) return cudaSuccess;
+  return for_result(clean.dtype, [&]<class Wide>(Wide) {
+    using Op = NormalizedPair<Wide>;
+    const Op op{clip_of<Wide>(noise), mean, pixel_std};
+    const Operands<Op> operands = {{images}, {clean, noisy}};
+    cudaError_t error = cudaSuccess;
+    bool done = false;
+    for_features<Wide>(clean.dtype, [&](auto element) {
+      using Out = decltype(element);
+      done = try_groups<uint8_t, Out>(Dtype::uint8, clean.dtype, op, noise, samples, operands, stream, error);
+      if constexpr (sizeof(Out) == 2) {
+        if (!done)
+          done = try_groups<float, Out>(Dtype::float32, clean.dtype, op, noise, samples, operands, stream, error);
+      }
+    });
+    return done ? error : run_same(op, noise, samples, operands, stream);
+  });
+}
+
+cudaError_t noisy_pair_backward(const Noise& noise, const Samples& samples, Matrix grad_clean, Matrix grad_noisy,
+                                Matrix images, const float* pixel_std, Output grad_images, cudaStream_t stream) {
+  if (empty(samples)) return cudaSuccess;
+  return for_result(grad_clean.dtype, [&]<class Wide>(Wide) {
+    using Op = NormalizedPairBackward<Wide>;
+    const Operands<Op> operands = {{grad_clean, grad_noisy, images}, {grad_images}};
+    return run_same(Op{clip_of<Wide>(noise), pixel_std}, noise, samples, operands, stream);
+  });
+}
+
+cudaError_t philox_words(const int64_t* seed, int64_t sample_id, uint32_t draw, int64_t quads, int64_t* words,
+                         cudaStream_t stream) {
+  if (quads == 0) return cudaSuccess;
+  return launch(words_kernel, blocks_of(quads), noise_threads, 0, stream, seed, sample_id, draw, quads, words);
+}
+
+}  // namespace robustfast::cuda
