@@ -60,7 +60,6 @@ def why_not(name: str) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
 def resolve(backend: str, device_type: str, op: str) -> str:
     """The backend that runs ``op`` on tensors of this device type.
 
@@ -81,6 +80,10 @@ def resolve(backend: str, device_type: str, op: str) -> str:
     if backend != "reference":
         ops(backend)
     return backend
+
+
+# torch.compiler.assume_constant_result(resolve), which would import the compiler with the package: seconds.
+resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def home(backend: str) -> str:
