@@ -13,7 +13,16 @@ from setuptools import setup
 
 CUDA_ARCHITECTURES = "8.0;9.0a;10.0+PTX"  # unless TORCH_CUDA_ARCH_LIST names others
 # No operation of the kernels looks at errno or floating-point traps, and with them loops do not vectorise.
-CXX_FLAGS = ["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-fvisibility=hidden", "-g0", "-Wall"]
+CXX_FLAGS = [
+    "-O3",
+    "-std=c++20",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fopenmp-simd",
+    "-fvisibility=hidden",
+    "-g0",
+    "-Wall",
+]
 NVCC_FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "--threads=2"]
 MINIMUM_TORCH = "0x020a000000000000"  # the stable ABI of 2.10: one binary for that release and all later ones
 
@@ -45,7 +54,10 @@ def extension():
     }
     if wants_cuda():
         architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
-        options["define_macros"] += [("USE_CUDA", None), ("RF_CUDA_ARCHITECTURES", f'"{architectures.replace(";", " ")}"')]
+        options["define_macros"] += [
+            ("USE_CUDA", None),
+            ("RF_CUDA_ARCHITECTURES", f'"{architectures.replace(";", " ")}"'),
+        ]
         return CUDAExtension("robustfast._C", sources + sorted(glob("csrc/cuda/*.cu")), **options)
     return CppExtension("robustfast._C", [s for s in sources if "cuda" not in os.path.basename(s)], **options)
 

@@ -95,9 +95,7 @@ class NoisyPairFunction(torch.autograd.Function):
     def forward(ctx, backend, images, std, mean, pixel_std, seed, sample_ids, draw, low, high, dtype):
         ctx.backend, ctx.std, ctx.rest = backend, std, (draw, low, high)
         ctx.save_for_backward(images, pixel_std, seed, sample_ids)
-        clean, noisy = ops(backend).noisy_pair(
-            images, std, mean, pixel_std, seed, sample_ids, draw, low, high, dtype
-        )
+        clean, noisy = ops(backend).noisy_pair(images, std, mean, pixel_std, seed, sample_ids, draw, low, high, dtype)
         if not images.is_floating_point():
             ctx.mark_non_differentiable(clean, noisy)
         return clean, noisy

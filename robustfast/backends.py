@@ -12,9 +12,8 @@ import torch
 try:
     from robustfast import _C
 
-    _no_extension = None
+    _no_extension: str | None = None
 except ImportError as error:
-    _C = None
     _no_extension = f"the compiled extension robustfast._C cannot be imported: {error}"
 
 # An op of a backend: OP_NAMES of the library that its ops are registered in.

@@ -48,8 +48,13 @@ def loss_settings(delta_var, delta_dist, norm, alpha, beta, gamma, momentum) -> 
         raise ValueError(f"norm: expected 1 or 2, got {norm!r}")
     if not 0 <= momentum <= 1:
         raise ValueError(f"momentum: expected a number from 0 to 1, got {momentum!r}")
-    for name, value in (("delta_var", delta_var), ("delta_dist", delta_dist), ("alpha", alpha), ("beta", beta),
-                        ("gamma", gamma)):
+    for name, value in (
+        ("delta_var", delta_var),
+        ("delta_dist", delta_dist),
+        ("alpha", alpha),
+        ("beta", beta),
+        ("gamma", gamma),
+    ):
         if not math.isfinite(value):
             raise ValueError(f"{name}: expected a finite number, got {value!r}")
 
@@ -67,8 +72,9 @@ def labels(target: Tensor, num_classes: int, ignore_index: int) -> None:
         )
 
 
-def noise(input: Tensor, name: str, scale: float, sample_ids: Tensor | None, draw: int,
-          clip: tuple[float, float] | None) -> tuple[float, float]:
+def noise(
+    input: Tensor, name: str, scale: float, sample_ids: Tensor | None, draw: int, clip: tuple[float, float] | None
+) -> tuple[float, float]:
     """Check what the noise ops share; returns clip as two numbers, infinite where there is no bound."""
     if input.dim() < 1:
         raise ValueError("input: expected a batch, with samples along dimension 0, got a 0-d tensor")

@@ -1,4 +1,4 @@
-"""Names of the published code: ``from robustfast.compat import DiscriminativeLoss_forcing`` is the one line to change."""
+"""Names of the published code: importing ``DiscriminativeLoss_forcing`` from here is the one line to change."""
 
 from robustfast.losses import DiscriminativeLoss as DiscriminativeLoss_forcing
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from robustfast.checks import state_dtype
@@ -26,9 +29,7 @@ def discriminative_loss_backward(
     grad_loss, input, input_noise, weight, bias, slot, pull, tables, classes, boundary_bias, norm, wanted
 ):
     like = (input, input_noise, weight, bias)
-    return tuple(
-        t.new_empty(t.shape) if want else input.new_empty(0) for t, want in zip(like, wanted, strict=True)
-    )
+    return tuple(t.new_empty(t.shape) if want else input.new_empty(0) for t, want in zip(like, wanted, strict=True))
 
 
 def noise(input, *settings):
@@ -51,7 +52,7 @@ def philox_words(seed, sample_id, draw, quads):
     return seed.new_empty((quads, 4))
 
 
-FAKES = {
+FAKES: dict[str, Callable[..., Any]] = {
     "discriminative_loss": discriminative_loss,
     "discriminative_loss_backward": discriminative_loss_backward,
     "gaussian_noise": noise,

@@ -44,7 +44,8 @@ def discriminative_loss(
         compactness    = (1/P) sum_c (1/n_c) sum_{y_i=c} max(||f_i - m_c||_p - delta_var, 0)^2
         alignment      = the same with the noisy features g_i, about the clean centroids
         variance       = (compactness + alignment) / 2, or compactness where there is no noisy view
-        margin         = (1/P) sum_c max_{i != c} max(delta_dist + ((W_i - W_c) . mu_c + b_i - b_c) / ||W_i - W_c||_2, 0)
+        score_i        = ((W_i - W_c) . mu_c + b_i - b_c) / ||W_i - W_c||_2
+        margin         = (1/P) sum_c max_{i != c} max(delta_dist + score_i, 0)
         regularization = (1/P) sum_c ||m_c||_p
 
     Sums run over the P classes present, i over all K classes; a pair with W_i = W_c has no boundary and is left out.
@@ -77,12 +78,29 @@ def discriminative_loss(
     if chosen == "reference":
         checks.labels(target, weight.shape[0], ignore_index)
         return reference.discriminative_loss(
-            *tensors, delta_var=delta_var, delta_dist=delta_dist, norm=norm, alpha=alpha, beta=beta, gamma=gamma,
-            momentum=momentum, update_state=update_state, ignore_index=ignore_index,
+            *tensors,
+            delta_var=delta_var,
+            delta_dist=delta_dist,
+            norm=norm,
+            alpha=alpha,
+            beta=beta,
+            gamma=gamma,
+            momentum=momentum,
+            update_state=update_state,
+            ignore_index=ignore_index,
         )
     loss, terms = autograd.DiscriminativeLossFunction.apply(
-        chosen, *tensors, delta_var, delta_dist, norm, alpha, beta, gamma, momentum,
-        update_state and torch.is_grad_enabled(), ignore_index,
+        chosen,
+        *tensors,
+        delta_var,
+        delta_dist,
+        norm,
+        alpha,
+        beta,
+        gamma,
+        momentum,
+        update_state and torch.is_grad_enabled(),
+        ignore_index,
     )
     return Terms(loss, *terms.unbind())
 
@@ -184,8 +202,17 @@ def noisy_pair(
     seed = checks.seed(seed, images.device)
     chosen = backends.resolve(backend, images.device.type, "noisy_pair")
     if chosen == "reference":
-        return reference.noisy_pair(images, std, mean=mean, pixel_std=pixel_std, seed=seed, sample_ids=sample_ids,
-                                    draw=draw, clip=clip, dtype=dtype)
+        return reference.noisy_pair(
+            images,
+            std,
+            mean=mean,
+            pixel_std=pixel_std,
+            seed=seed,
+            sample_ids=sample_ids,
+            draw=draw,
+            clip=clip,
+            dtype=dtype,
+        )
     return autograd.NoisyPairFunction.apply(
         chosen, images, float(std), mean, pixel_std, seed, sample_ids, draw, low, high, dtype
     )

@@ -1,7 +1,7 @@
 """The method in plain PyTorch: what every kernel is checked against and measured against.
 
 Nothing here loops over classes or waits for the device, and everything can be differentiated twice. Arguments are
-those of :mod:`robustfast.functional`, which also checks them. Equations: arXiv 2405.18499, in the published code's form.
+those of :mod:`robustfast.functional`, which also checks them. Equations: arXiv 2405.18499, as its code computes them.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Rows(NamedTuple):
 
     slot: Tensor  # (N,) int64, the row of each sample; R for an ignored one
     classes: Tensor  # (R,) int64, the class of each row; any class where the row has no samples
-    count: Tensor  # (R,) int64, n_c
+    samples: Tensor  # (R,) int64, n_c
     present: Tensor  # (R,) bool, n_c > 0
     num_present: Tensor  # () int64, P, but 1 where P = 0
 
@@ -90,17 +90,17 @@ def group(target: Tensor, num_classes: int, ignore_index: int) -> Rows:
         rank = torch.where(ordered == num_classes, size, first.cumsum(0) - 1)
         slot = rank.scatter(0, order, rank)
         classes = rank.new_zeros(size + 1).scatter(0, rank, ordered)[:-1]
-    count = slot.new_zeros(size + 1).scatter_add(0, slot, torch.ones_like(slot))[:-1]
-    present = count > 0
-    return Rows(slot, classes, count, present, present.sum().clamp(min=1))
+    samples = slot.new_zeros(size + 1).scatter_add(0, slot, torch.ones_like(slot))[:-1]
+    present = samples > 0
+    return Rows(slot, classes, samples, present, present.sum().clamp(min=1))
 
 
 def class_centroids(
     features: Tensor, rows: Rows, centroids: Tensor, seen: Tensor, momentum: float
 ) -> tuple[Tensor, Tensor]:
     """mu_c = (1/n_c) sum of the class's features, and m_c = mu_c if c is new, else (1 - rho) mu_c + rho m_prev_c."""
-    sums = features.new_zeros(rows.count.numel() + 1, features.shape[1]).index_add(0, rows.slot, features)[:-1]
-    mu = sums / rows.count.clamp(min=1).unsqueeze(1)
+    sums = features.new_zeros(rows.samples.numel() + 1, features.shape[1]).index_add(0, rows.slot, features)[:-1]
+    mu = sums / rows.samples.clamp(min=1).unsqueeze(1)
     previous, known = read_state(centroids, rows.classes), read_state(seen, rows.classes)
     blended = (1 - momentum) * mu + momentum * previous
     return mu, torch.where(known.unsqueeze(1), blended, mu)
@@ -120,7 +120,7 @@ def read_state(table: Tensor, classes: Tensor) -> Tensor:
 def variance(
     features: Tensor, noisy: Tensor | None, centers: Tensor, rows: Rows, delta_var: float, norm: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Variance, compactness (of the clean features) and alignment (of the noisy ones), both about the clean centroids."""
+    """Variance, and its parts: compactness of the clean features, alignment of the noisy ones, both about m_c."""
     compactness = squared_hinge(features, centers, rows, delta_var, norm)
     if noisy is None:
         return compactness, compactness, torch.zeros_like(compactness)
@@ -136,7 +136,7 @@ def squared_hinge(features: Tensor, centers: Tensor, rows: Rows, delta_var: floa
     slot = torch.where(counted, rows.slot, 0)
     residual = (features - centers[slot]).masked_fill(~counted.unsqueeze(1), 0)
     hinge = torch.relu(p_norm(residual, norm) - delta_var)
-    return (hinge.square() / rows.count[slot].clamp(min=1) * counted).sum() / rows.num_present
+    return (hinge.square() / rows.samples[slot].clamp(min=1) * counted).sum() / rows.num_present
 
 
 def p_norm(r: Tensor, norm: int) -> Tensor:
@@ -236,21 +236,44 @@ def uniforms(words: Tensor) -> Tensor:
     return ((words >> 8) - 2**23 + 0.5).float() * 2.0**-23
 
 
-def gaussian_noise(input: Tensor, std: float, *, seed: Tensor, sample_ids: Tensor | None = None, draw: int = 0,
-                   clip: tuple[float, float] | None = (0.0, 1.0)) -> Tensor:
+def gaussian_noise(
+    input: Tensor,
+    std: float,
+    *,
+    seed: Tensor,
+    sample_ids: Tensor | None = None,
+    draw: int = 0,
+    clip: tuple[float, float] | None = (0.0, 1.0),
+) -> Tensor:
     """See :func:`robustfast.functional.gaussian_noise`."""
     return _add_noise(input, std, normals, seed, sample_ids, draw, clip)
 
 
-def uniform_noise(input: Tensor, epsilon: float, *, seed: Tensor, sample_ids: Tensor | None = None, draw: int = 0,
-                  clip: tuple[float, float] | None = (0.0, 1.0)) -> Tensor:
+def uniform_noise(
+    input: Tensor,
+    epsilon: float,
+    *,
+    seed: Tensor,
+    sample_ids: Tensor | None = None,
+    draw: int = 0,
+    clip: tuple[float, float] | None = (0.0, 1.0),
+) -> Tensor:
     """See :func:`robustfast.functional.uniform_noise`."""
     return _add_noise(input, epsilon, uniforms, seed, sample_ids, draw, clip)
 
 
-def noisy_pair(images: Tensor, std: float, *, mean: Tensor, pixel_std: Tensor, seed: Tensor,
-               sample_ids: Tensor | None = None, draw: int = 0, clip: tuple[float, float] | None = (0.0, 1.0),
-               dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def noisy_pair(
+    images: Tensor,
+    std: float,
+    *,
+    mean: Tensor,
+    pixel_std: Tensor,
+    seed: Tensor,
+    sample_ids: Tensor | None = None,
+    draw: int = 0,
+    clip: tuple[float, float] | None = (0.0, 1.0),
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
     """See :func:`robustfast.functional.noisy_pair`."""
     wide = torch.promote_types(dtype, torch.float32)
     clean = images.to(wide) if images.is_floating_point() else images.to(wide) / 255

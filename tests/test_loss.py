@@ -72,7 +72,7 @@ def test_kernels_say_that_they_are_once_differentiable(backend, device):
     f, *rest = random_case(device=device)
     loss = functional.discriminative_loss(f.requires_grad_(), *rest, backend=backend).loss
     (grad,) = torch.autograd.grad(loss, f, create_graph=True)
-    with pytest.raises(RuntimeError, match="once differentiable; .* backend='reference'"):
+    with pytest.raises(RuntimeError, match=r"once differentiable; .* backend='reference'"):
         grad.square().sum().backward()
 
 
@@ -81,7 +81,11 @@ def layouts(tensor):
     if tensor.dim() == 1:
         return {"sliced": torch.stack([tensor, tensor], 1)[:, 0]}
     wider = torch.cat([tensor, tensor], 1)
-    return {"transposed": tensor.t().contiguous().t(), "sliced": wider[:, : tensor.shape[1]], "strided": torch.stack([tensor, tensor], 2)[:, :, 0]}
+    return {
+        "transposed": tensor.t().contiguous().t(),
+        "sliced": wider[:, : tensor.shape[1]],
+        "strided": torch.stack([tensor, tensor], 2)[:, :, 0],
+    }
 
 
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "strided"])
@@ -93,7 +97,15 @@ def test_strides(layout, backend, device):
 
 def test_zero_strides(backend, device):
     f, g, target, weight, bias, centroids, seen = random_case(6, 8, 3, dtype=torch.float64, device=device)
-    expanded = (f[:1].expand(6, 8), g[:1].expand(6, 8), target[:1].expand(6), weight, bias[:1].expand(3), centroids, seen)
+    expanded = (
+        f[:1].expand(6, 8),
+        g[:1].expand(6, 8),
+        target[:1].expand(6),
+        weight,
+        bias[:1].expand(3),
+        centroids,
+        seen,
+    )
     dense = tuple(t.contiguous() for t in expanded)
     assert_close(run(expanded, backend), run(dense, backend), 1e-12)
 
@@ -132,14 +144,17 @@ def test_cpu_is_the_reference(n, dim, classes, present, norm, noise, bias, ignor
     assert_close(run(tensors, "cpu", **keywords), run(tensors, "reference", **keywords), 1e-9, absolute=1e-12)
 
 
-@pytest.mark.parametrize("dtype, weight_dtype", [
-    (torch.float32, torch.float32),
-    (torch.bfloat16, torch.bfloat16),
-    (torch.float16, torch.float16),
-    (torch.float16, torch.float32),
-    (torch.bfloat16, torch.float32),
-    (torch.float32, torch.float64),
-])
+@pytest.mark.parametrize(
+    "dtype, weight_dtype",
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float64),
+    ],
+)
 @pytest.mark.parametrize("norm", [1, 2])
 def test_narrow_dtypes_against_float64(dtype, weight_dtype, norm, backend, device):
     tensors = random_case(200, 96, 130, dtype=dtype, weight_dtype=weight_dtype, seed=3, device=device)
@@ -304,7 +319,8 @@ def test_wrong_tensors(name, change, error, message):
 
 
 @pytest.mark.parametrize(
-    "keyword, value", [("norm", 3), ("momentum", 1.5), ("alpha", float("nan")), ("delta_dist", float("inf")), ("backend", "gpu")]
+    "keyword, value",
+    [("norm", 3), ("momentum", 1.5), ("alpha", float("nan")), ("delta_dist", float("inf")), ("backend", "gpu")],
 )
 def test_wrong_settings(keyword, value):
     with pytest.raises(ValueError, match=f"{keyword}: expected .*{value}"):
@@ -373,7 +389,7 @@ def test_runs_agree_to_the_bit(backend, device):
     for skew in (False, True):
         tensors = list(random_case(1500, 40, 130, seed=5, device=device))
         if skew:  # one class with most of the samples
-            tensors[2][: 1200] = 3
+            tensors[2][:1200] = 3
         first = run(tensors, backend)
         for _ in range(3):
             again = run(tensors, backend)
@@ -442,7 +458,8 @@ grads = [leaf.grad for leaf in (f, g, weight, bias)]
 for leaf in (f, g, weight, bias):
     leaf.grad = None
 small = [t.detach()[:4].clone().requires_grad_() for t in (f, g, weight, bias)]
-functional.discriminative_loss(small[0], small[1], torch.tensor([0, 1, 2, 3]), small[2], small[3], state[0][:4], state[1][:4], backend="cpu").loss.backward()
+small_state = state[0][:4], state[1][:4]
+functional.discriminative_loss(*small[:2], torch.arange(4), *small[2:], *small_state, backend="cpu").loss.backward()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 del grads
 loss = functional.discriminative_loss(f, g, torch.randint(classes, (n,)), weight, bias, *state, backend="cpu").loss

@@ -12,13 +12,13 @@ const char* name(Isa isa);
 }  // namespace robustfast
 
 #if defined(__x86_64__)
-#define RF_DISPATCH(function, ...)       \
-  switch (active_isa()) {                \
-    case Isa::avx512:                    \
-      return avx512::function(__VA_ARGS__); \
-    case Isa::avx2:                      \
-      return avx2::function(__VA_ARGS__);   \
-    default:                             \
+#define RF_DISPATCH(function, ...)            \
+  switch (active_isa()) {                     \
+    case Isa::avx512:                         \
+      return avx512::function(__VA_ARGS__);   \
+    case Isa::avx2:                           \
+      return avx2::function(__VA_ARGS__);     \
+    default:                                  \
       return baseline::function(__VA_ARGS__); \
   }
 #else

@@ -105,10 +105,10 @@ struct Best {
 template <class F>
 struct Own {
   int32_t c;
-  F logit;          // W_c . mu_c + b_c
-  F square, rest;   // ||W_c||^2, and the norm of its columns from `head` on
-  F mu;             // ||mu_c||
-  F bias;           // |b_c|
+  F logit;         // W_c . mu_c + b_c
+  F square, rest;  // ||W_c||^2, and the norm of its columns from `head` on
+  F mu;            // ||mu_c||
+  F bias;          // |b_c|
 };
 
 template <class F>
@@ -118,10 +118,10 @@ template <class T, class F>
 struct Search {
   const Loss<F>& loss;
   int64_t dim, classes, rows;
-  int64_t head;  // columns of the second product that are computed for every pair
-  F slack;       // bound of the relative rounding error of a dot product, and of what is made of it here
+  int64_t head;              // columns of the second product that are computed for every pair
+  F slack;                   // bound of the relative rounding error of a dot product, and of what is made of it here
   std::vector<F> wide_rows;  // W_c in F, where W is narrower
-  std::vector<Own<F>> own;
+  std::vector<Own<F> > own;
 
   explicit Search(const Loss<F>& loss)
       : loss(loss),
@@ -155,7 +155,11 @@ struct Search {
       for (int64_t d = 0; d < dim; ++d) wide_rows[row * dim + d] = F(to_float(w[d]));
     }
     const F tail = square_norm<F>(w, head, dim), square = square_norm<F>(w, 0, head) + tail;
-    own[row] = {c, dot(w, mu(row), dim) + bias(c), square, std::sqrt(tail), std::sqrt(square_norm<F>(mu(row), 0, dim)),
+    own[row] = {c,
+                dot(w, mu(row), dim) + bias(c),
+                square,
+                std::sqrt(tail),
+                std::sqrt(square_norm<F>(mu(row), 0, dim)),
                 std::abs(bias(c))};
   }
 
@@ -299,22 +303,22 @@ void Search<T, F>::look_in_panels(int64_t from, int64_t to, Best<F>* best) const
 
 // The winner of each row, -1 where none scores above -delta_dist.
 template <class T, class F>
-std::vector<Best<F>> nearest_boundaries(const Search<T, F>& search) {
+std::vector<Best<F> > nearest_boundaries(const Search<T, F>& search) {
   const Best<F> none = {F(-search.loss.settings.delta_dist), -1};
-  std::vector<Best<F>> best(search.rows, none);
+  std::vector<Best<F> > best(search.rows, none);
   if (search.rows * search.classes <= 1024) {
     search.look_at_all(best.data());
     return best;
   }
   const int64_t panels = (search.classes + Tile<F>::columns - 1) / Tile<F>::columns;
   const int64_t tasks = std::min<int64_t>(panels, num_threads());
-  std::vector<std::vector<Best<F>>> found(tasks, best);
+  std::vector<std::vector<Best<F> > > found(tasks, best);
   parallel_for(0, tasks, 1, [&](int64_t from, int64_t to) {
     for (int64_t t = from; t < to; ++t) {
       search.look_in_panels(t * panels / tasks, (t + 1) * panels / tasks, found[t].data());
     }
   });
-  for (const std::vector<Best<F>>& part : found) {
+  for (const std::vector<Best<F> >& part : found) {
     for (int64_t row = 0; row < search.rows; ++row) {
       if (part[row].score > best[row].score || std::isnan(part[row].score)) best[row] = part[row];
     }
@@ -359,7 +363,7 @@ Wide margin(const Loss<Wide>& loss) {
   Wide total = 0;
   for_floating(loss.weight.dtype, [&](auto type) {
     const Search<decltype(type), Wide> search(loss);
-    const std::vector<Best<Wide>> best = nearest_boundaries(search);
+    const std::vector<Best<Wide> > best = nearest_boundaries(search);
     parallel_for(0, search.rows, 1 + 32768 / loss.dim, [&](int64_t from, int64_t to) {
       for (int64_t row = from; row < to; ++row) finish_row(search, row, best[row]);
     });

@@ -86,7 +86,8 @@ struct ClassPass {
 
   void add_features(const Segment& segment, Wide* sum) const {
     std::fill(sum, sum + loss.dim, Wide(0));
-    for (int64_t k = segment.begin; k < segment.end; ++k) add_row(loss.input.template row<T>(groups.order[k]), loss.dim, sum);
+    for (int64_t k = segment.begin; k < segment.end; ++k)
+      add_row(loss.input.template row<T>(groups.order[k]), loss.dim, sum);
   }
 
   // From the sum of the features in its place, mu_c; from that m_c; both tables' rows are complete then.
@@ -175,7 +176,8 @@ void variance_of(const Loss<Wide>& loss, Wide* terms) {
   const int64_t count = segments.size(), dim = loss.dim;
   const bool any_split = count > loss.groups->rows();
   std::vector<Wide> partial(any_split ? count * dim : 0), parts(3 * count, Wide(0));
-  const int64_t grain = std::max<int64_t>(1, parallel_elements / std::max<int64_t>(1, loss.n * dim / std::max<int64_t>(1, count)));
+  const int64_t grain =
+      std::max<int64_t>(1, parallel_elements / std::max<int64_t>(1, loss.n * dim / std::max<int64_t>(1, count)));
 
   parallel_for(0, count, grain, [&](int64_t from, int64_t to) {
     for (int64_t s = from; s < to; ++s) {
@@ -238,8 +240,9 @@ void variance_backward_of(const LossGrads<Wide>& grads, bool noisy, T* grad) {
   parallel_for(0, counted, grain, [&](int64_t from, int64_t to) {
     for (int64_t k = from; k < to; ++k) {
       const int64_t i = grads.groups->order[k], row = grads.slot[i];
-      pull_back<norm>(view.template row<T>(i), grads.center + row * dim, noisy ? nullptr : grads.center_grad + row * dim, dim,
-                      grads.grad_loss * pulls[i], grads.grad_loss, grad + i * dim);
+      pull_back<norm>(view.template row<T>(i), grads.center + row * dim,
+                      noisy ? nullptr : grads.center_grad + row * dim, dim, grads.grad_loss * pulls[i], grads.grad_loss,
+                      grad + i * dim);
     }
   });
   for (int64_t i = 0; counted < grads.n && i < grads.n; ++i) {

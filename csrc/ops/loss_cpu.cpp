@@ -52,7 +52,8 @@ LossResult discriminative_loss(const Tensor& input, const std::optional<Tensor>&
     // What no sample and no class writes is 0, so that results are the same from run to run down to the last byte.
     std::fill_n(data<Wide>(pull), 2 * n, Wide(0));
     std::fill(data<Wide>(boundary_bias) + groups.rows(), data<Wide>(boundary_bias) + rows, Wide(0));
-    for (int t = 0; t < 3; ++t) std::fill(table + (t * rows + groups.rows()) * dim, table + (t + 1) * rows * dim, Wide(0));
+    for (int t = 0; t < 3; ++t)
+      std::fill(table + (t * rows + groups.rows()) * dim, table + (t + 1) * rows * dim, Wide(0));
     Loss<Wide> loss = {
         .settings = {delta_var, delta_dist, norm, alpha, beta, gamma, momentum, update_state},
         .n = n,

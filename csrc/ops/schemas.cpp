@@ -17,11 +17,11 @@ STABLE_TORCH_LIBRARY(robustfast, m) {
   m.def("gaussian_noise_backward(Tensor grad, Tensor input, float std, " NOISE_SETTINGS ") -> Tensor");
   m.def("uniform_noise(Tensor input, float epsilon, " NOISE_SETTINGS ") -> Tensor");
   m.def("uniform_noise_backward(Tensor grad, Tensor input, float epsilon, " NOISE_SETTINGS ") -> Tensor");
+  m.def("noisy_pair(Tensor images, float std, Tensor mean, Tensor pixel_std, " NOISE_SETTINGS
+        ", ScalarType dtype) "
+        "-> (Tensor clean, Tensor noisy)");
   m.def(
-      "noisy_pair(Tensor images, float std, Tensor mean, Tensor pixel_std, " NOISE_SETTINGS ", ScalarType dtype) "
-      "-> (Tensor clean, Tensor noisy)");
-  m.def(
-      "noisy_pair_backward(Tensor grad_clean, Tensor grad_noisy, Tensor images, float std, Tensor pixel_std, "
-      NOISE_SETTINGS ") -> Tensor");
+      "noisy_pair_backward(Tensor grad_clean, Tensor grad_noisy, Tensor images, float std, Tensor "
+      "pixel_std, " NOISE_SETTINGS ") -> Tensor");
   m.def("philox_words(Tensor seed, int sample_id, int draw, int quads) -> Tensor");
 }
