@@ -3,8 +3,8 @@
 Integers only, by comparison and prefix sums, so the order of every later sum is fixed. Nothing waits for the device:
 how many rows there are stays in ``index``, and kernels launched for more of them return at once.
 
-``index`` holds, in int32: ``HEAD`` counters; the row of each chunk of a long run (-1: none); the R + 1 starts of runs in
-the sorted order; and, where samples were ranked here, their order and sorted labels.
+``index`` holds, in int32: ``HEAD`` counters; the row of each chunk of a long run (-1: none); the R + 1 starts of runs
+in the sorted order; and, where samples were ranked here, their order and sorted labels.
 """
 
 from __future__ import annotations
@@ -42,22 +42,22 @@ def group(target: Tensor, slot: Tensor, pull: Tensor, classes: Tensor, num_class
     n, rows = target.shape[0], classes.shape[1]
     chunk = chunk_size(n)
     num_chunks = 2 * n // chunk + 2
-    fixed = HEAD.value + num_chunks + rows + 1
+    fixed = -(-(HEAD.value + num_chunks + rows + 1) // 4) * 4  # what follows is aligned to 16 bytes
     compared = n <= COMPARED
     index = target.new_empty(fixed + 2 * n if compared else fixed, dtype=torch.int32)
     sizes = (n, num_classes, rows, num_chunks, ignore_index)
     key = tl.int32 if (num_classes + 2) * n < 2**31 else tl.int64
+    order, ordered = (index[fixed : fixed + n], index[fixed + n :]) if compared else (None, None)
     if n <= ONE_PROGRAM:
         block = max(16, triton.next_power_of_2(n))
         group_kernel[(1,)](
-            target, target.stride(0), slot, pull, index, classes, *sizes, KEY=key, CHUNK=chunk, BLOCK=block,
-            num_warps=max(1, min(8, block // 32)), **ASSERTING,
-        )
-        return Groups(index, index[fixed : fixed + n], chunk, num_chunks)
+            target, target.stride(0), order, ordered, slot, pull, index, classes, *sizes,
+            KEY=key, CHUNK=chunk, BLOCK=block, num_warps=max(1, min(8, block // 32)), **ASSERTING,
+        )  # fmt: skip
+        return Groups(index, order, chunk, num_chunks)
     if compared:
-        order, ordered = index[fixed : fixed + n], index[fixed + n :]
         rank_kernel[(triton.cdiv(n, 64),)](
-            target, target.stride(0), order, ordered, index, classes, *sizes, KEY=key, BLOCK=64, STEP=128, **ASSERTING
+            target, target.stride(0), order, ordered, index, classes, *sizes, KEY=key, BLOCK=64, STEP=64, **ASSERTING
         )
     else:
         labels = torch.empty_like(slot)
@@ -76,6 +76,8 @@ def chunk_size(n: int) -> int:
     return max(16, triton.next_power_of_2(n) // 128)
 
 
+# Arguments that change from batch to batch, for which no kernel is to be compiled anew.
+SIZES = ["num_samples", "num_classes", "num_rows", "num_chunks", "ignore_index"]
 # Labels are asserted on the device; the overflow checks that come with assertions are not wanted.
 ASSERTING = {"debug": True, "sanitize_overflow": False}
 
@@ -159,23 +161,22 @@ def make_rows(order, ordered, slot, pull, index, classes, num_samples, num_class
     tl.store(index + HEAD + tl.cdiv(2 * start, CHUNK) + j, row, mask=opens)
 
 
-@triton.jit
-def group_kernel(target, stride, slot, pull, index, classes, num_samples, num_classes, num_rows, num_chunks,
-                 ignore_index, KEY: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=SIZES)
+def group_kernel(target, stride, order, ordered, slot, pull, index, classes, num_samples, num_classes, num_rows,
+                 num_chunks, ignore_index, KEY: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     """All of it in one program."""
     i = tl.arange(0, BLOCK)
     reset(index, classes, num_rows, num_chunks, i, BLOCK)
     label = read_label(target, stride, i, num_samples, num_classes, ignore_index, ASSERT=True)
     position = rank(target, stride, i, label, num_samples, num_classes, ignore_index, KEY, 16)
-    order = index + HEAD + num_chunks + num_rows + 1
     tl.store(order + position, i, mask=i < num_samples)
-    tl.store(order + num_samples + position, label, mask=i < num_samples)
+    tl.store(ordered + position, label, mask=i < num_samples)
     tl.debug_barrier()
-    make_rows(order, order + num_samples, slot, pull, index, classes, num_samples, num_classes, num_rows, num_chunks,
+    make_rows(order, ordered, slot, pull, index, classes, num_samples, num_classes, num_rows, num_chunks,
               0, CHUNK, BLOCK, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def rank_kernel(target, stride, order, ordered, index, classes, num_samples, num_classes, num_rows, num_chunks,
                 ignore_index, KEY: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -186,7 +187,7 @@ def rank_kernel(target, stride, order, ordered, index, classes, num_samples, num
     tl.store(ordered + position, label, mask=i < num_samples)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def label_kernel(target, stride, labels, index, classes, num_samples, num_classes, num_rows, num_chunks, ignore_index,
                  BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -195,7 +196,7 @@ def label_kernel(target, stride, labels, index, classes, num_samples, num_classe
     tl.store(labels + i, label, mask=i < num_samples)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES[:-1])
 def rows_kernel(order, ordered, slot, pull, index, classes, num_samples, num_classes, num_rows, num_chunks,
                 CHUNK: tl.constexpr, BLOCK: tl.constexpr, SCAN: tl.constexpr):
     make_rows(order, ordered, slot, pull, index, classes, num_samples, num_classes, num_rows, num_chunks,

@@ -5,8 +5,6 @@ Everything that depends on the data stays on the device: a step can be captured 
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
@@ -18,16 +16,16 @@ from robustfast.triton_ops.grouping import FINISHED, NOT_FINITE, PRESENT, group,
 from robustfast.triton_ops.margin import (
     boundary,
     describe_weight,
+    margin_items,
     margin_kernel,
     margin_tiles,
-    margin_work,
     matmul_precision,
     merge_splits,
     splits_of,
     weight_gradient,
 )
 from robustfast.triton_ops.regularization import center_norm
-from robustfast.triton_ops.rows import load_row, row_tile, scalar
+from robustfast.triton_ops.rows import processor, row_tile, scalar, warps
 from robustfast.triton_ops.variance import add_chunk_terms, feature_gradients, variance_kernel
 
 DENSE = 2048  # up to here every row of dW has a program; above, dW is filled and the rows that matter are written
@@ -41,6 +39,7 @@ def discriminative_loss(
     n, dim = input.shape
     num_classes = weight.shape[0]
     rows = min(n, num_classes)
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
     wide = state_dtype(input)
     loss, terms = input.new_empty((), dtype=wide), input.new_empty(5, dtype=wide)
     slot, classes = input.new_empty(n, dtype=torch.int32), input.new_empty((2, rows), dtype=torch.int32)
@@ -66,19 +65,22 @@ def discriminative_loss(
         *f, order, index, sums, *w, bias, square, key, dim, num_classes, chunks, sum_programs,
         CHUNK=chunk, BLOCK_N=min(16, chunk), SUM_D=sum_d, BLOCK_K=weight_k, BLOCK_D=weight_d,
     )  # fmt: skip
-    tile = row_tile(dim, wide.itemsize, chunk)
+    processors, family = processor(input.device)
+    tile = row_tile(dim, wide.itemsize, chunk, kib=16 * 4 // min(4, input.dtype.itemsize))
     variance_kernel[(rows + chunks,)](
         *f, *g, order, index, classes, sums, centroids, seen, *w, bias, pull, tables, low, own, row_terms, pulls,
         chunk_terms, n, dim, rows, chunks, delta_var, alpha, momentum,
-        NORM=norm, CHUNK=chunk, BLOCK_N=tile.block_n, BLOCK_D=tile.block_d, num_warps=tile.num_warps,
+        NORM=norm, CHUNK=chunk, BLOCK_N=tile.block_n, BLOCK_D=tile.block_d,
+        **warps(tile.num_warps, family),
     )  # fmt: skip
-    precision = matmul_precision(low_dtype)
-    tiles = margin_tiles(low_dtype, dim, precision)
-    programs, items = margin_work(tiles, rows, num_classes, processors(input.device))
+    precision = matmul_precision(family, low_dtype)
+    tiles = margin_tiles(family, low_dtype, precision, dim)
+    items = margin_items(tiles, rows, num_classes, processors)
     best_score = input.new_empty((items, tiles.block_c), dtype=wide)
     best_class = classes.new_empty((items, tiles.block_c))
-    margin_kernel[(programs,)](
-        low, *w, bias, square, key, own, classes, index, best_score, best_class, num_classes, dim, items,
+    margin_kernel[(items,)](
+        low, weight, weight.stride(0), bias, square, key, own, classes, index, best_score, best_class,
+        num_classes, dim, items,
         PRECISION=precision, EVEN_D=dim % tiles.block_d == 0, BLOCK_C=tiles.block_c, BLOCK_K=tiles.block_k,
         BLOCK_D=tiles.block_d, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
@@ -88,7 +90,7 @@ def discriminative_loss(
         tables, boundary_bias, row_terms, loss, terms, num_classes, dim, rows, chunks,
         delta_dist, alpha, beta, gamma, momentum,
         NORM=norm, VIEWS=1 if input_noise is None else 2, UPDATE=update_state, CHUNK=chunk, BLOCK_C=tiles.block_c,
-        BLOCK_K=tiles.block_k, BLOCK_D=row.block_d, BLOCK=256, num_warps=max(4, row.num_warps),
+        BLOCK_K=tiles.block_k, BLOCK_D=row.block_d, BLOCK=256, **warps(max(4, row.num_warps), family),
     )  # fmt: skip
     return loss, terms, slot, pull, tables, classes, boundary_bias
 
@@ -103,12 +105,7 @@ def sums_tiles(dim: int) -> tuple[int, int, int]:
     return min(256, max(16, triton.next_power_of_2(dim))), 16, min(128, max(16, triton.next_power_of_2(dim)))
 
 
-@cache
-def processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["num_classes", "num_chunks", "sum_programs"])
 def sums_kernel(
     f, f_n, f_d, order, index, sums, weight, w_k, w_d, bias, square, key, dim, num_classes, num_chunks, sum_programs,
     CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, SUM_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -123,7 +120,7 @@ def sums_kernel(
                         square.dtype.element_ty, BLOCK_K, BLOCK_D)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_items", "num_classes", "num_rows", "num_chunks"])
 def finish_kernel(
     index, classes, weight, w_k, w_d, bias, centroids, seen, best_score, best_class, max_items, pulls, chunk_terms,
     tables, boundary_bias, row_terms, loss, terms, num_classes, dim, num_rows, num_chunks,
@@ -196,9 +193,9 @@ def finish_row(
     tl.store(row_terms + 2 * num_rows + row, hinge)
     tl.store(row_terms + 3 * num_rows + row, norm)
     if UPDATE:
-        if tl.max((center - center != 0).to(tl.int32)) == 0:  # finite throughout
-            tl.store(centroids + label.to(tl.int64) * dim + d, center, mask=d < dim)
-            tl.store(seen + label, True)
+        finite = tl.max((center - center != 0).to(tl.int32)) == 0
+        tl.store(centroids + label.to(tl.int64) * dim + d, center, mask=(d < dim) & finite)
+        tl.store(seen + label, True, mask=finite)
 
 
 @triton.jit
@@ -267,7 +264,7 @@ def slice_size(dim: int) -> int:
     return min(512, max(16, triton.next_power_of_2(dim)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_samples", "num_rows", "weight_programs", "destinations"])
 def backward_kernel(
     grad_loss, f, f_n, f_d, g, g_n, g_d, slot, pull, tables, classes, boundary_bias, listed, d_f, d_g, d_w, d_b,
     num_samples, dim, num_rows, weight_programs, destinations,

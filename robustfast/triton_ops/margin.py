@@ -11,54 +11,61 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from robustfast.triton_ops.grouping import HEAD, NOT_FINITE, PRESENT
-from robustfast.triton_ops.rows import exact_sqrt, load_row, load_samples, quotient_or_zero, scalar
+from robustfast.triton_ops.grouping import NOT_FINITE, PRESENT
+from robustfast.triton_ops.rows import exact_sqrt, load_row, load_samples, quotient_or_zero
 
 NO_SCORE = tl.constexpr(float("-inf"))
 NOBODY = tl.constexpr(2**31 - 1)
+SMALLEST = tl.constexpr(2.0**-126)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 class MarginTiles(NamedTuple):
-    """How the winner's search is cut: BLOCK_C classes of the batch against BLOCK_K rows of W, BLOCK_D features at a time."""
+    """The winner's search takes BLOCK_C classes of the batch against BLOCK_K rows of W, BLOCK_D features at a time."""
 
     block_c: int
     block_k: int
     block_d: int
     num_warps: int
     num_stages: int
-    programs: int  # on one multiprocessor at a time
 
 
-def margin_tiles(dtype: torch.dtype, dim: int, precision: str) -> MarginTiles:
-    """Tiles for the operands' dtype. Both accumulators stay in registers beside the running best."""
+# The largest tiles whose two accumulators fit in registers, by what is multiplied and how. Half types need rows that
+# asynchronous copies can take in whole; other rows pass through registers, which leaves less room.
+TILES = {
+    ("hopper", "half"): MarginTiles(128, 128, 64, 8, 3),
+    ("hopper", "tf32"): MarginTiles(128, 128, 32, 8, 3),
+    ("hopper", "tf32x3"): MarginTiles(128, 64, 32, 8, 2),
+    ("ampere", "half"): MarginTiles(128, 64, 64, 8, 3),
+    ("ampere", "tf32"): MarginTiles(128, 64, 32, 8, 3),
+    ("ampere", "tf32x3"): MarginTiles(64, 32, 32, 4, 2),
+    ("amd", "half"): MarginTiles(128, 64, 64, 8, 2),
+    ("amd", "ieee"): MarginTiles(64, 64, 32, 4, 2),
+}
+UNALIGNED = MarginTiles(64, 64, 32, 8, 2)
+DOUBLE = MarginTiles(32, 32, 16, 4, 2)
+
+
+def margin_tiles(family: str, dtype: torch.dtype, precision: str, dim: int) -> MarginTiles:
     if dtype == torch.float64:
-        return MarginTiles(16, 32, 16, 4, 1, 2)
-    if dtype == torch.float32:
-        return MarginTiles(64, 64, 32, 4, 2, 2) if precision != "tf32" else MarginTiles(64, 64, 32, 4, 3, 2)
-    return MarginTiles(64, 128, 64 if dim > 32 else 32, 4, 3, 2)
+        return DOUBLE
+    tiles = TILES[family, "half" if dtype.itemsize == 2 else precision]
+    return tiles if dim % tiles.block_d == 0 or precision == "tf32x3" else UNALIGNED
 
 
-class MarginWork(NamedTuple):
-    """The grid of the winner's search, and how many (block of classes, split of W) items it may be cut into."""
+def margin_items(tiles: MarginTiles, rows: int, num_classes: int, processors: int) -> int:
+    """Programs, and places for their results, of the winner's search: blocks of classes times splits of W.
 
-    programs: int
-    items: int
-
-
-def margin_work(tiles: MarginTiles, rows: int, num_classes: int, processors: int) -> MarginWork:
-    """One wave of programs if W is short, else up to four, so that the last one costs little; at least one item a block."""
+    One wave of programs if W is short, else four, so that an incomplete last one costs little; at least one a block.
+    """
     blocks, steps = triton.cdiv(rows, tiles.block_c), triton.cdiv(num_classes, tiles.block_k)
-    wave = processors * tiles.programs
-    waves = 4 if steps > 64 else 1
-    programs = min(wave, blocks * steps)
-    return MarginWork(programs, max(blocks, min(waves * wave, blocks * steps)))
+    return max(blocks, min((4 if steps > 64 else 1) * processors, blocks * steps))
 
 
-def matmul_precision(dtype: torch.dtype) -> str:
+def matmul_precision(family: str, dtype: torch.dtype) -> str:
     """float32 products take three TF32 passes, or one where PyTorch's matmul settings allow TF32."""
-    if dtype != torch.float32 or torch.version.hip is not None:
+    if dtype != torch.float32 or family == "amd":
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
 
@@ -78,7 +85,7 @@ def describe_weight(weight, w_k, w_d, bias, square, key, index, num_classes, dim
         d = d0 + tl.arange(0, BLOCK_D)
         w = load_samples(weight, w_k, w_d, k, k < num_classes, d, dim, WIDE) + 0.0  # -0 becomes 0
         squares += tl.sum(w * w, axis=1)
-        bits = w.to(tl.int64 if WIDE == tl.float64 else tl.int32, bitcast=True).to(tl.int64)
+        bits = w.to(tl.int64 if w.dtype == tl.float64 else tl.int32, bitcast=True).to(tl.int64)
         mixed = (d + 1).to(tl.int64) * -7046029254386353131
         odd = (mixed ^ (mixed >> 29)) * -4658895280553007687 | 1
         keys += tl.sum((bits ^ (bits >> 16)) * odd[None, :], axis=1)
@@ -99,9 +106,9 @@ def splits_of(present, max_items, num_classes, BLOCK_C: tl.constexpr, BLOCK_K: t
     return tl.minimum(tl.cdiv(num_classes, BLOCK_K), max_items // tl.maximum(blocks, 1)), blocks
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_classes", "max_items"])
 def margin_kernel(
-    low, weight, w_k, w_d, bias, square, key, own, classes, index,  # (R, D), (K, D), strides, (K,) x 3, (R,), (2, R)
+    low, weight, w_k, bias, square, key, own, classes, index,  # (R, D), (K, D), its stride, (K,) x 3, (R,), (2, R)
     best_score, best_class,  # (items, BLOCK_C)
     num_classes, dim, max_items,
     PRECISION: tl.constexpr, EVEN_D: tl.constexpr,
@@ -110,29 +117,18 @@ def margin_kernel(
     """The best score and its class, of each split of W, for blocks of the batch's classes."""
     present = tl.load(index + PRESENT)
     splits, blocks = splits_of(present, max_items, num_classes, BLOCK_C, BLOCK_K)
+    item = tl.program_id(0)
+    if item >= splits * blocks:
+        return
+    block, split = item % blocks, item // blocks
     steps = tl.cdiv(num_classes, BLOCK_K)
-    for item in range(tl.program_id(0), splits * blocks, tl.num_programs(0)):
-        block, split = item % blocks, item // blocks
-        first = (tl.cast(split, tl.int64) * steps // splits).to(tl.int32)
-        last = (tl.cast(split + 1, tl.int64) * steps // splits).to(tl.int32)
-        score, winner = search(
-            low, weight, w_k, w_d, bias, square, key, own, classes, block, first, last, present, num_classes, dim,
-            PRECISION, EVEN_D, BLOCK_C, BLOCK_K, BLOCK_D,
-        )  # fmt: skip
-        c = tl.arange(0, BLOCK_C)
-        tl.store(best_score + item * BLOCK_C + c, score)
-        tl.store(best_class + item * BLOCK_C + c, winner)
+    first = (tl.cast(split, tl.int64) * steps // splits).to(tl.int32)
+    last = (tl.cast(split + 1, tl.int64) * steps // splits).to(tl.int32)
 
-
-@triton.jit
-def search(
-    low, weight, w_k, w_d, bias, square, key, own, classes, block, first, last, present, num_classes, dim,
-    PRECISION: tl.constexpr, EVEN_D: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Rows block*BLOCK_C.. against tiles first..last-1 of W. Rows and columns past the end repeat the last one."""
-    LOW: tl.constexpr = low.dtype.element_ty
     WIDE: tl.constexpr = own.dtype.element_ty
+    # The interpreter cannot multiply bfloat16.
+    LOW: tl.constexpr = WIDE if INTERPRETED else low.dtype.element_ty
+    # Rows and columns past the end repeat the last one, which changes no maximum.
     row = tl.minimum(block * BLOCK_C + tl.arange(0, BLOCK_C), present - 1)
     label = tl.load(classes + row)
     own_logit, own_square, own_key = tl.load(own + row), tl.load(square + label), tl.load(key + label)
@@ -140,29 +136,29 @@ def search(
     own_rows = weight + label.to(tl.int64)[:, None] * w_k
     score = tl.full((BLOCK_C,), NO_SCORE, WIDE)
     winner = tl.full((BLOCK_C,), NOBODY, tl.int32)
-    for step in range(first, last):
+    # One loop over tiles and features, so that the next tile is on its way while this one's scores are compared.
+    for step in tl.range(first, last, flatten=True):
         k = tl.minimum(step * BLOCK_K + tl.arange(0, BLOCK_K), num_classes - 1)
         rows = weight + k.to(tl.int64)[None, :] * w_k
         logit = tl.zeros((BLOCK_C, BLOCK_K), WIDE)
         gram = tl.zeros((BLOCK_C, BLOCK_K), WIDE)
         for d0 in range(0, dim, BLOCK_D):
             d = d0 + tl.arange(0, BLOCK_D)
-            across = d.to(tl.int64) * w_d
             if EVEN_D:
-                mu = tl.load(mu_rows + d[None, :])
-                w_c = tl.load(own_rows + across[None, :]).to(LOW)
-                w = tl.load(rows + across[:, None]).to(LOW)
+                mu = tl.load(mu_rows + d[None, :]).to(LOW)
+                w_c = tl.load(own_rows + d[None, :]).to(LOW)
+                w = tl.load(rows + d[:, None]).to(LOW)
             else:
-                mu = tl.load(mu_rows + d[None, :], mask=(d < dim)[None, :], other=0)
-                w_c = tl.load(own_rows + across[None, :], mask=(d < dim)[None, :], other=0).to(LOW)
-                w = tl.load(rows + across[:, None], mask=(d < dim)[:, None], other=0).to(LOW)
+                mu = tl.load(mu_rows + d[None, :], mask=(d < dim)[None, :], other=0).to(LOW)
+                w_c = tl.load(own_rows + d[None, :], mask=(d < dim)[None, :], other=0).to(LOW)
+                w = tl.load(rows + d[:, None], mask=(d < dim)[:, None], other=0).to(LOW)
             logit = tl.dot(mu, w, logit, input_precision=PRECISION, out_dtype=WIDE)
             gram = tl.dot(w_c, w, gram, input_precision=PRECISION, out_dtype=WIDE)
         if bias is not None:
             logit += tl.load(bias + k).to(WIDE)[None, :]
         squares = tl.load(square + k)[None, :]
         distance2 = squares + own_square[:, None] - 2 * gram
-        scores = (logit - own_logit[:, None]) * tl.rsqrt(tl.maximum(distance2, 1.1754943508222875e-38))
+        scores = (logit - own_logit[:, None]) * tl.rsqrt(tl.maximum(distance2, SMALLEST))
         same = (tl.load(key + k)[None, :] == own_key[:, None]) & (squares == own_square[:, None])
         scores = tl.where(same, NO_SCORE, scores)
         top = tl.max(scores, axis=1)
@@ -170,7 +166,9 @@ def search(
         better = top > score
         winner = tl.where(better, leader, winner)
         score = tl.where(better, top, score)
-    return score, winner
+    c = tl.arange(0, BLOCK_C)
+    tl.store(best_score + item * BLOCK_C + c, score)
+    tl.store(best_class + item * BLOCK_C + c, winner)
 
 
 @triton.jit
@@ -242,10 +240,7 @@ def weight_gradient(
     begin, count = list_rows_won(classes + num_rows, listed, num_rows, k, BLOCK)
     tl.debug_barrier()
     if candidate >= 0:
-        if own >= 0:
-            k = -1
-        elif tl.load(listed + begin) != candidate:
-            k = -1
+        k = tl.where((own >= 0) | (tl.load(listed + begin) != candidate), -1, k)
     if k >= 0:
         d = slice_ * BLOCK_D + tl.arange(0, BLOCK_D)
         total = tl.zeros((BLOCK_D,), WIDE)
@@ -262,5 +257,4 @@ def weight_gradient(
         if d_weight is not None:
             tl.store(d_weight + tl.cast(k, tl.int64) * dim + d, total * grad_loss, mask=d < dim)
         if d_bias is not None:
-            if slice_ == 0:
-                tl.store(d_bias + k, total_bias * grad_loss)
+            tl.store(d_bias + k, total_bias * grad_loss, mask=slice_ == 0)

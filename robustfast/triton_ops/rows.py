@@ -1,11 +1,30 @@
-"""What the kernels that take whole feature rows share: their tile sizes, loads of samples, settings in full precision."""
+"""What kernels that take whole feature rows share: the device, tile sizes, loads of samples, small arithmetic."""
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
+
+
+class Processor(NamedTuple):
+    """What the tiles are made for: a device's multiprocessors, and whether it is a Hopper or later data-centre GPU."""
+
+    count: int
+    family: str  # "hopper", "ampere" (sm_80 and all other NVIDIA GPUs) or "amd"
+
+
+@cache
+def processor(device: torch.device) -> Processor:
+    if device.type == "cpu":
+        return Processor(1, "ampere")
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return Processor(properties.multi_processor_count, "amd")
+    return Processor(properties.multi_processor_count, "hopper" if properties.major in (9, 10) else "ampere")
 
 
 class RowTile(NamedTuple):
@@ -16,12 +35,19 @@ class RowTile(NamedTuple):
     num_warps: int
 
 
-def row_tile(dim: int, itemsize: int, rows: int = 1 << 20) -> RowTile:
-    """At most ``rows`` rows, of about 16 KiB of wide values or of one row, 16 to 32 registers a thread."""
+def row_tile(dim: int, itemsize: int, rows: int = 64, kib: int = 16) -> RowTile:
+    """At most ``rows`` rows, of so many KiB of wide values or of one row, on enough warps to hold them in registers."""
     block_d = max(16, triton.next_power_of_2(dim))
-    block_n = max(1, min(rows, 64, (16384 // itemsize) // block_d))
-    per_warp = 32 * (64 // itemsize)
-    return RowTile(block_n, block_d, max(1, min(16, block_n * block_d // per_warp, 8 if block_d <= 4096 else 16)))
+    block_n = max(1, min(rows, kib * 1024 // itemsize // block_d))
+    return RowTile(block_n, block_d, max(1, min(16 if block_d > 4096 else 8, block_n * block_d * itemsize // 1024)))
+
+
+def warps(number: int, family: str) -> dict:
+    """Launch options for so many warps that hold their tile in registers.
+
+    NVIDIA's assembler, given no bound, spills a few of them to fit one more program on a multiprocessor.
+    """
+    return {"num_warps": number} if family == "amd" else {"num_warps": number, "maxnreg": min(255, 2048 // number)}
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """Variance: compactness (and alignment) = (1/P) sum_c (1/n_c) sum_{y_i=c} max(||f_i - m_c||_p - delta_v, 0)^2.
 
-One program takes one class, or one chunk of a class with many samples. It makes the centroid, holds it in registers, and
-passes over the samples once: their distances, hinges, and the sum of pulls that the centroid's gradient needs.
+One program takes one class, or one chunk of a class with many samples. It makes the centroid, holds it in registers,
+and passes over the samples once: their distances, hinges, and the sum of pulls that the centroid's gradient needs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from robustfast.triton_ops.rows import (
 
 @triton.jit
 def pull_samples(x, stride_n, stride_d, sample, valid, d, dim, center, delta_var, weight, NORM: tl.constexpr):
-    """(pull of each sample, sum of squared hinges, sum of pulls times directions) of a tile; ``weight`` = s 2 / (P n_c)."""
+    """(pull of each sample, sum of squared hinges, sum of pulls times directions); ``weight`` = s 2 / (P n_c)."""
     residual = load_samples(x, stride_n, stride_d, sample, valid, d, dim, center.dtype) - center[None, :]
     norm = norm_of(residual, 1, NORM)
     hinge = tl.where(valid & ((norm <= delta_var) == 0), norm - delta_var, 0.0)  # nan passes
@@ -34,14 +34,14 @@ def pull_samples(x, stride_n, stride_d, sample, valid, d, dim, center, delta_var
 
 
 @triton.jit
-def round_to(x, LOW: tl.constexpr):
+def round_to(x, dtype: tl.constexpr):
     """x in the matrix units' dtype, kept finite."""
-    if LOW == tl.float16:
+    if dtype == tl.float16:
         x = tl.where(tl.abs(x) > 65504.0, tl.where(x > 0, 65504.0, -65504.0), x)
-    return x.to(LOW)
+    return x.to(dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_samples", "num_rows", "num_chunks"])
 def variance_kernel(
     f, f_n, f_d, g, g_n, g_d,  # (N, D), strides
     order, index, classes, sums, centroids, seen,
@@ -136,7 +136,7 @@ def feature_gradients(
     d_f, d_g, f, f_n, f_d, g, g_n, g_d, slot, pull, tables, grad_loss, sample, num_samples, dim, num_rows,
     NORM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """df_i = grad_loss (pull direction(f_i - center) + center_grad) and dg_i without center_grad; 0 for ignored ones."""
+    """df_i = grad_loss (pull direction(f_i - center) + center_grad), dg_i without center_grad; 0 for ignored ones."""
     d = tl.arange(0, BLOCK_D)
     inside = sample < num_samples
     row = tl.load(slot + sample, mask=inside, other=-1)
