@@ -37,10 +37,10 @@ def once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..
 
     @functools.wraps(backward)
     def once(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return backward(ctx, *grads)
         with torch.no_grad():
             results = backward(ctx, *grads)
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return results
         return Refusal.apply(len(results), *results, *grads, *ctx.saved_tensors)
 
     return once
@@ -57,15 +57,16 @@ class DiscriminativeLossFunction(torch.autograd.Function):
         ctx.save_for_backward(input, input_noise, weight, bias, *saved)
         ctx.backend, ctx.norm = backend, settings[2]
         ctx.mark_non_differentiable(terms)
+        ctx.set_materialize_grads(False)  # no zeros for the gradient of the terms
         return loss, terms
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, _):
-        _, input, noise, _, weight, bias, *_ = needs = ctx.needs_input_grad
-        wanted = [input, noise, weight, bias]
+        needs = ctx.needs_input_grad
+        wanted = [needs[1], needs[2], needs[4], needs[5]]
         grads = ops(ctx.backend).discriminative_loss_backward(grad_loss, *ctx.saved_tensors, ctx.norm, wanted)
-        d_input, d_noise, d_weight, d_bias = (grad if want else None for grad, want in zip(grads, wanted, strict=True))
+        d_input, d_noise, d_weight, d_bias = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
         return None, d_input, d_noise, None, d_weight, d_bias, *(None,) * (len(needs) - 6)
 
 
