@@ -412,9 +412,11 @@ def test_pair_is_both_views_normalised(image_dtype, dtype, memory_format, backen
     x = images.to(wide) / 255 if image_dtype == torch.uint8 else images.to(wide)
     noisy = F.gaussian_noise(x, 0.1, seed=4, draw=1, backend=backend)
     mean, pixel_std = (torch.tensor(c, device=x.device).to(wide).view(3, 1, 1) for c in (MEAN, PIXEL_STD))
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-6
+    rtol = torch.finfo(dtype).eps if dtype in HALVES else tolerance
     for view, expected in zip(pair, (x, noisy), strict=True):
         assert view.dtype == dtype and view.stride() == images.stride()
-        torch.testing.assert_close(view, ((expected - mean) / pixel_std).to(dtype), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(view, ((expected - mean) / pixel_std).to(dtype), rtol=rtol, atol=tolerance)
 
 
 @every_compiled
@@ -522,7 +524,7 @@ def test_compiled_gradients_are_once_differentiable(backend):
     (grad,) = torch.autograd.grad(
         F.gaussian_noise(x, 0.3, seed=4, backend=backend).square().sum(), x, create_graph=True
     )
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="once differentiable"):
         grad.sum().backward()
 
 

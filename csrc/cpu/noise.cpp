@@ -57,17 +57,20 @@ constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / st
 typedef uint64_t Lanes __attribute__((vector_size(RF_VECTOR_BYTES)));
 constexpr int64_t lanes = RF_VECTOR_BYTES / 8;
 
-RF_INLINE Lanes multiply(Lanes a, Lanes b) {
+// `high` moves the high halves down. On x86 it is a shuffle, since shifts wait for the unit that multiplies.
 #if !defined(__x86_64__)
-  return (a & 0xffffffff) * b;
-#elif RF_VECTOR_BYTES == 64
-  return Lanes(_mm512_maskz_mul_epu32(0xff, __m512i(a), __m512i(b)));  // unmasked, GCC 12 warns of its own header
+RF_INLINE Lanes multiply(Lanes a, Lanes b) { return (a & 0xffffffff) * b; }
+RF_INLINE Lanes high(Lanes a) { return a >> 32; }
+#elif RF_VECTOR_BYTES == 64  // masked by ones: GCC 12 warns of its own header where there is no mask
+RF_INLINE Lanes multiply(Lanes a, Lanes b) { return Lanes(_mm512_maskz_mul_epu32(0xff, __m512i(a), __m512i(b))); }
+RF_INLINE Lanes high(Lanes a) { return Lanes(_mm512_maskz_shuffle_epi32(0xffff, __m512i(a), _MM_PERM_DDBB)); }
 #elif RF_VECTOR_BYTES == 32
-  return Lanes(_mm256_mul_epu32(__m256i(a), __m256i(b)));
+RF_INLINE Lanes multiply(Lanes a, Lanes b) { return Lanes(_mm256_mul_epu32(__m256i(a), __m256i(b))); }
+RF_INLINE Lanes high(Lanes a) { return Lanes(_mm256_shuffle_epi32(__m256i(a), 0xf5)); }
 #else
-  return Lanes(_mm_mul_epu32(__m128i(a), __m128i(b)));
+RF_INLINE Lanes multiply(Lanes a, Lanes b) { return Lanes(_mm_mul_epu32(__m128i(a), __m128i(b))); }
+RF_INLINE Lanes high(Lanes a) { return Lanes(_mm_shuffle_epi32(__m128i(a), 0xf5)); }
 #endif
-}
 
 RF_INLINE Lanes same(uint32_t word) { return Lanes{} + word; }
 
@@ -76,9 +79,9 @@ RF_INLINE void philox4x32(Lanes (&word)[4], uint32_t key0, uint32_t key1) {
   for (int round = 0; round < 10; ++round) {
     const Lanes product0 = multiply(word[0], same(philox_multiplier0));
     const Lanes product1 = multiply(word[2], same(philox_multiplier1));
-    word[0] = product1 >> 32 ^ word[1] ^ same(key0);
+    word[0] = high(product1) ^ word[1] ^ same(key0);
     word[1] = product1;
-    word[2] = product0 >> 32 ^ word[3] ^ same(key1);
+    word[2] = high(product0) ^ word[3] ^ same(key1);
     word[3] = product0;
     key0 += philox_weyl0;
     key1 += philox_weyl1;
@@ -184,6 +187,17 @@ inline const float* fill_block(const Noise& noise, const Samples& samples, uint6
   return space;
 }
 
+// Space that begins with a line of the cache: vectors that straddle two cost twice.
+template <class T>
+struct alignas(64) Line {
+  T values[64 / sizeof(T)];
+};
+
+template <class T>
+std::unique_ptr<Line<T>[]> lines(int64_t elements) {
+  return std::make_unique_for_overwrite<Line<T>[]>(elements * sizeof(T) / sizeof(Line<T>));
+}
+
 // Calls body(piece) for all pieces of the batch, in threads.
 template <class Wide, class Body>
 void for_each_piece(const Noise& noise, const Samples& samples, const Body& body) {
@@ -191,10 +205,10 @@ void for_each_piece(const Noise& noise, const Samples& samples, const Body& body
   const int64_t unit_elements = std::min(cut.length, samples.plane) * cut.interleaved;
   const int64_t grain = thread_elements / std::max(unit_elements, int64_t(1)) + 1;
   parallel_for(0, samples.count * cut.planes * cut.blocks, grain, [&](int64_t from, int64_t to) {
-    const auto numbers = std::make_unique_for_overwrite<float[]>(cut.space());
-    const auto operands = std::make_unique_for_overwrite<Wide[]>(4 * cut.elements());
+    const auto numbers = lines<float>(cut.space());
+    const auto operands = lines<Wide>(4 * cut.elements());
     Piece<Wide> piece;
-    for (int k = 0; k < 4; ++k) piece.space[k] = operands.get() + k * cut.elements();
+    for (int k = 0; k < 4; ++k) piece.space[k] = operands[0].values + k * cut.elements();
     for (int64_t unit = from; unit < to; ++unit) {
       const int64_t plane = unit / cut.blocks, first = unit % cut.blocks * cut.length;
       const int64_t count = std::min(cut.length, samples.plane - first);
@@ -203,7 +217,7 @@ void for_each_piece(const Noise& noise, const Samples& samples, const Body& body
       piece.first = piece.channel * samples.plane + first * cut.interleaved;
       piece.count = count * cut.interleaved;
       const uint64_t id = noise.sample_ids ? noise.sample_ids[piece.sample] : piece.sample;
-      piece.noise = fill_block(noise, samples, id, piece.channel, first, count, numbers.get());
+      piece.noise = fill_block(noise, samples, id, piece.channel, first, count, numbers[0].values);
       body(piece);
     }
   });
@@ -217,7 +231,7 @@ RF_INLINE Wide widen(T x) {
 }
 template <class Wide>
 RF_INLINE Wide widen(uint8_t x) {
-  return Wide(x) / 255;
+  return Wide(x) * (Wide(1) / 255);
 }
 
 template <class T, class Wide>
@@ -317,63 +331,73 @@ struct Same {
 };
 
 template <class Wide>
-std::vector<Wide> interleave(const float* values, const Samples& samples) {
+std::vector<Wide> interleave(const std::vector<Wide>& per_channel, const Samples& samples) {
   std::vector<Wide> each(samples.channels_last ? Cut(samples).elements() : 0);
-  for (size_t i = 0; i < each.size(); ++i) each[i] = Wide(values[i % samples.channels]);
+  for (size_t i = 0; i < each.size(); ++i) each[i] = per_channel[i % per_channel.size()];
   return each;
+}
+
+// The loops multiply: two divisions an element would take them as long as its noise.
+template <class Wide>
+std::vector<Wide> reciprocals(const float* values, int64_t count) {
+  std::vector<Wide> result(count);
+  for (int64_t i = 0; i < count; ++i) result[i] = 1 / Wide(values[i]);
+  return result;
 }
 
 template <class Wide, class Channel>
 void normalize(int64_t count, const float* __restrict noise, Clip<Wide> clip, const Wide* __restrict x, Channel mean,
-               Channel pixel_std, Wide* __restrict clean, Wide* __restrict noisy) {
+               Channel scale, Wide* __restrict clean, Wide* __restrict noisy) {
   for (int64_t i = 0; i < count; ++i) {
-    clean[i] = (x[i] - mean[i]) / pixel_std[i];
-    noisy[i] = (clip(x[i] + Wide(noise[i])) - mean[i]) / pixel_std[i];
+    clean[i] = (x[i] - mean[i]) * scale[i];
+    noisy[i] = (clip(x[i] + Wide(noise[i])) - mean[i]) * scale[i];
   }
 }
 
 template <class Wide, class Channel>
 void normalize_backward(int64_t count, const float* __restrict noise, Clip<Wide> clip,
                         const Wide* __restrict grad_clean, const Wide* __restrict grad_noisy, const Wide* __restrict x,
-                        Channel pixel_std, Wide* __restrict grad_x) {
+                        Channel scale, Wide* __restrict grad_x) {
   for (int64_t i = 0; i < count; ++i) {
     const Wide grad = clip.passes(x[i] + Wide(noise[i])) ? grad_noisy[i] : Wide(0);
-    grad_x[i] = (grad_clean[i] + grad) / pixel_std[i];
+    grad_x[i] = (grad_clean[i] + grad) * scale[i];
   }
 }
 
 template <class Wide>
 void noisy_pair_as(const Noise& noise, const Samples& samples, Matrix images, const float* mean, const float* pixel_std,
                    Output clean, Output noisy) {
-  const auto means = interleave<Wide>(mean, samples), stds = interleave<Wide>(pixel_std, samples);
+  const std::vector<Wide> means(mean, mean + samples.channels), scales = reciprocals<Wide>(pixel_std, samples.channels);
+  const std::vector<Wide> each_mean = interleave(means, samples), each_scale = interleave(scales, samples);
   for_each_piece<Wide>(noise, samples, [&](const Piece<Wide>& piece) {
-    const auto views = [&](auto mean, auto pixel_std) {
-      const Wide* x = load(piece, images, piece.space[0]);
-      Wide *first = place(piece, clean, piece.space[1]), *second = place(piece, noisy, piece.space[2]);
-      normalize(piece.count, piece.noise, Clip<Wide>(noise), x, mean, pixel_std, first, second);
-      store(piece, first, clean);
-      store(piece, second, noisy);
+    const Wide* x = load(piece, images, piece.space[0]);
+    Wide *first = place(piece, clean, piece.space[1]), *second = place(piece, noisy, piece.space[2]);
+    const auto run = [&](auto mean, auto scale) {
+      normalize(piece.count, piece.noise, Clip<Wide>(noise), x, mean, scale, first, second);
     };
     if (samples.channels_last) {
-      views(means.data(), stds.data());
+      run(each_mean.data(), each_scale.data());
     } else {
-      views(Same<Wide>{Wide(mean[piece.channel])}, Same<Wide>{Wide(pixel_std[piece.channel])});
+      run(Same<Wide>{means[piece.channel]}, Same<Wide>{scales[piece.channel]});
     }
+    store(piece, first, clean);
+    store(piece, second, noisy);
   });
 }
 
 template <class Wide>
 void noisy_pair_backward_as(const Noise& noise, const Samples& samples, Matrix grad_clean, Matrix grad_noisy,
                             Matrix images, const float* pixel_std, Output grad_images) {
-  const auto stds = interleave<Wide>(pixel_std, samples);
+  const std::vector<Wide> scales = reciprocals<Wide>(pixel_std, samples.channels);
+  const std::vector<Wide> each_scale = interleave(scales, samples);
   for_each_piece<Wide>(noise, samples, [&](const Piece<Wide>& piece) {
     const Wide *first = load(piece, grad_clean, piece.space[0]), *second = load(piece, grad_noisy, piece.space[1]);
     const Wide* x = load(piece, images, piece.space[2]);
     Wide* grad_x = place(piece, grad_images, piece.space[3]);
-    const auto backward = [&](auto pixel_std) {
-      normalize_backward(piece.count, piece.noise, Clip<Wide>(noise), first, second, x, pixel_std, grad_x);
+    const auto run = [&](auto scale) {
+      normalize_backward(piece.count, piece.noise, Clip<Wide>(noise), first, second, x, scale, grad_x);
     };
-    samples.channels_last ? backward(stds.data()) : backward(Same<Wide>{Wide(pixel_std[piece.channel])});
+    samples.channels_last ? run(each_scale.data()) : run(Same<Wide>{scales[piece.channel]});
     store(piece, grad_x, grad_images);
   });
 }

@@ -55,7 +55,7 @@ struct Result {
 
   // `by_channel`: dimension 1 counts channels; else a sample in row-major order is all one plane.
   Samples samples(bool by_channel) const {
-    if (written.numel() == 0) return {0, 1, 1, false};
+    if (written.numel() == 0) return {0, 0, 1, false};
     const bool channels_last = layout(written) == Layout::channels_last;
     const int64_t count = written.size(0), channels = by_channel || channels_last ? written.size(1) : 1;
     return {count, channels, written.numel() / (count * channels), channels_last};
