@@ -24,8 +24,8 @@ SCHEMAS = {
     "discriminative_loss": "(Tensor input, Tensor? input_noise, Tensor target, Tensor weight, Tensor? bias, "
     f"Tensor(a!) centroids, Tensor(b!) seen, {SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "discriminative_loss_backward": "(Tensor grad_loss, Tensor input, Tensor? input_noise, Tensor weight, "
-    "Tensor? bias, Tensor slot, Tensor pull, Tensor tables, Tensor classes, Tensor boundary_bias, int norm, bool[] wanted) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? bias, Tensor slot, Tensor pull, Tensor tables, Tensor classes, Tensor boundary_bias, int norm, "
+    "bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
     "gaussian_noise": f"(Tensor input, float std, {DRAW}) -> Tensor",
     "gaussian_noise_backward": f"(Tensor grad, Tensor input, float std, {DRAW}) -> Tensor",
     "uniform_noise": f"(Tensor input, float epsilon, {DRAW}) -> Tensor",

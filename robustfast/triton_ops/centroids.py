@@ -1,4 +1,4 @@
-"""Centroids: mu_c = (1/n_c) sum of the class's features; m_c = mu_c at first sight, else (1 - rho) mu_c + rho m_prev_c."""
+"""Centroids: mu_c = (1/n_c) sum of the features of class c; m_c = mu_c, or (1 - rho) mu_c + rho m_prev_c once seen."""
 
 from __future__ import annotations
 

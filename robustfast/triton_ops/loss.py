@@ -231,7 +231,7 @@ def discriminative_loss_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     n, dim = input.shape
     num_classes, rows = weight.shape[0], classes.shape[1]
-    dense = num_classes <= max(DENSE, 4 * rows)
+    dense = num_classes <= DENSE
     want_f, want_g, want_w, want_b = wanted
     fresh = torch.empty if dense and n else torch.zeros
     options = {"device": input.device}

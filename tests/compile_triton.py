@@ -1,0 +1,120 @@
+"""Compiles the Triton kernels that given problems launch, for a GPU that need not be there, and prints reports as JSON.
+
+The launchers run as they would on the GPU, on CPU tensors that nothing computes; each launch is caught, and compiled with
+the specialisations Triton would give it. Usage: compile_triton.py TARGET < list of problems, with a target of TARGETS.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from robustfast.triton_ops import loss, noise, rows
+
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), "ampere"),
+    "sm_90": (GPUTarget("cuda", 90, 32), "hopper"),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), "amd"),
+}
+MATRIX = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "gfx942": "v_mfma"}
+SEED = torch.zeros((), dtype=torch.int64)
+
+
+def launch_loss(n: int, dim: int, classes: int, dtype: str, weight_dtype: str | None = None, norm: int = 2) -> None:
+    """Forward and backward on arrays of these sizes."""
+    features = torch.empty(n, dim, dtype=getattr(torch, dtype))
+    weight = torch.empty(classes, dim, dtype=getattr(torch, weight_dtype or dtype))
+    wide = torch.float64 if features.dtype == torch.float64 else torch.float32
+    state = torch.empty(classes, dim, dtype=wide), torch.empty(classes, dtype=torch.bool)
+    target, bias = torch.zeros(n, dtype=torch.int64), weight[:, 0].contiguous()
+    value, _, *saved = loss.discriminative_loss(
+        features, features, target, weight, bias, *state, 0.5, 3.0, norm, 1.0, 1.0, 1e-3, 0.99, True, -100
+    )
+    loss.discriminative_loss_backward(value, features, features, weight, bias, *saved, norm, [True] * 4)
+
+
+def launch_noise(shape: list[int], dtype: str, out: str) -> None:
+    images = torch.empty(shape, dtype=getattr(torch, dtype))
+    mean = torch.ones(shape[1])
+    clean, noisy = noise.noisy_pair(images, 0.1, mean, mean, SEED, None, 0, 0.0, 1.0, getattr(torch, out))
+    if images.is_floating_point():
+        noise.noisy_pair_backward(clean, noisy, images, 0.1, mean, SEED, None, 0, 0.0, 1.0)
+        noise.gaussian_noise_backward(images, noise.gaussian_noise(images, 0.1, SEED, None, 0, 0.0, 1.0), 0.1, SEED,
+                                      None, 0, 0.0, 1.0)  # fmt: skip
+        noise.uniform_noise(images, 0.1, SEED, None, 0, 0.0, 1.0)
+
+
+def caught_launches(problems: list[dict], family: str) -> list[tuple[JITFunction, tuple, dict]]:
+    launches = []
+
+    def catch(self, *args, grid, warmup, **kwargs):
+        launches.append((self, args, kwargs))
+
+    loss.processor = lambda device: rows.Processor(132, family)
+    JITFunction.run = catch
+    for problem in problems:
+        (launch_noise if "shape" in problem else launch_loss)(**problem)
+    return launches
+
+
+def unique_sources(launches, target: GPUTarget) -> dict[str, tuple[ASTSource, dict]]:
+    """By name and everything that is compiled in: the specialisations Triton's own launch would choose."""
+    backend = make_backend(target)
+    sources = {}
+    for kernel, args, kwargs in launches:
+        binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+        bound, specialization, options = binder(*args, **kwargs)
+        _, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, options)
+        key = f"{kernel.__name__} {signature} {constants} {attributes} {options}"
+        sources[key] = ASTSource(kernel, signature, constants, attributes), options
+    return sources
+
+
+def report(source: ASTSource, options: dict, name: str) -> dict:
+    compiled = triton.compile(source, target=TARGETS[name][0], options=options)
+    tile = {key: value for key, value in named_constants(source).items() if key.startswith(("BLOCK", "SLICE", "SUM", "PREC"))}
+    types = sorted({t for t in source.signature.values() if t.startswith(("*fp", "*bf"))})
+    result = {"kernel": source.fn.__name__, "types": types, "tile": tile, "shared": compiled.metadata.shared,
+              "warps": compiled.metadata.num_warps}  # fmt: skip
+    if name == "gfx942":
+        text = compiled.asm["amdgcn"]
+        registers, spills = (int(re.search(rf"\.vgpr_{x}:\s*(\d+)", text)[1]) for x in ("count", "spill_count"))
+    else:
+        text = compiled.asm["ptx"]
+        registers, spills = resources(compiled.asm["cubin"])
+    return result | {"registers": registers, "spills": spills, "matrix": text.count(MATRIX[name])}
+
+
+def named_constants(source: ASTSource) -> dict:
+    names = list(source.signature)
+    return {names[path[0]]: value for path, value in source.constants.items()}
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread, and bytes of stack and local memory, from the assembler's own report."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text).groups()
+    return int(registers), int(stack) + int(local)
+
+
+if __name__ == "__main__":
+    assert os.environ.get("TRITON_INTERPRET") != "1", "kernels are compiled here, not interpreted"
+    name = sys.argv[1]
+    target, family = TARGETS[name]
+    sources = unique_sources(caught_launches(json.load(sys.stdin), family), target)
+    print(json.dumps([report(source, options, name) for source, options in sources.values()]))

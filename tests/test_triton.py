@@ -1,0 +1,397 @@
+"""The Triton backend against the golden cases, the reference in float64, and the rules where the published code breaks.
+
+Without a GPU the kernels run in Triton's interpreter: slowly, so the cases are small and most tiles are made small.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import triton
+from loss_cases import GOLDEN, assert_close, golden_steps, random_case, run
+
+from robustfast import functional
+from robustfast.backends import backends, ops
+from robustfast.triton_ops import grouping, loss, margin, rows
+
+pytestmark = pytest.mark.skipif(backends()["triton"] is not None, reason=str(backends()["triton"]))
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+SETTINGS = (0.5, 3.0, 2, 1.0, 1.0, 1e-3, 0.99, True, -100)
+OPS = ops("triton") if backends()["triton"] is None else None
+
+
+@pytest.fixture(autouse=True, scope="module")
+def patch_language_once():
+    """The interpreter patches triton.language again at each call of a device function, which takes half of its time."""
+    from triton.runtime import interpreter
+
+    def call(function, *args, **kwargs):
+        language = id(function.fn.__globals__)
+        if language not in patched:
+            interpreter._patch_lang(function.fn)
+            patched.add(language)
+        return function.rewrite()(*args, **kwargs)
+
+    patched: set[int] = set()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpretedFunction, "__call__", call)
+        yield
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles of 16 and 4, which small cases cross two times with a remainder."""
+    monkeypatch.setattr(loss, "margin_tiles", lambda *_: margin.MarginTiles(16, 16, 16, 4, 2))
+    monkeypatch.setattr(loss, "margin_items", lambda tiles, rows, classes, _: -(-rows // 16) * 2)
+    monkeypatch.setattr(loss, "sums_tiles", lambda dim: (16, 16, 16))
+    monkeypatch.setattr(loss, "slice_size", lambda dim: 16)
+    monkeypatch.setattr(
+        loss, "row_tile", lambda dim, *_, **__: rows.RowTile(4, max(16, triton.next_power_of_2(dim)), 4)
+    )
+
+
+def double(tensors):
+    """The same values in float64: what the exact result is computed from."""
+    return [t.double() if t is not None and t.is_floating_point() else t for t in tensors]
+
+
+def assert_matches_float64(tensors, relative=1e-5, **keywords):
+    """Values, gradients and state no further from the reference in float64 than ``relative`` of the largest entry."""
+    actual, expected = run(tensors, "triton", **keywords), run(double(tensors), "reference", **keywords)
+    for name, value in expected.items():
+        coarse = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}.get(actual[name].dtype, 0.0)
+        assert_close(actual, {name: value}, relative + coarse, absolute=1e-12)
+
+
+def replaced(tensors, **changes):
+    names = ("input", "input_noise", "target", "weight", "bias", "centroids", "seen")
+    return tuple(changes.get(name, tensor) for name, tensor in zip(names, tensors, strict=True))
+
+
+@pytest.mark.parametrize("dtype, relative", [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["f64", "f32"])
+@pytest.mark.parametrize("case", GOLDEN)
+def test_golden(case, dtype, relative, monkeypatch):
+    if "many_classes" in case:
+        monkeypatch.setattr(loss, "DENSE", 64)  # dW by the scatter into zeros
+        monkeypatch.setattr(loss, "slice_size", lambda dim: 16)
+    for tensors, keywords, expected in golden_steps(case, dtype, DEVICE):
+        actual = run(tensors, "triton", **keywords)
+        assert_close(actual, expected, relative)
+        tensors[5].copy_(actual["centroids"])
+        tensors[6].copy_(actual["seen"])
+
+
+@pytest.mark.parametrize(
+    "n, dim, classes, dtype, weight_dtype, norm",
+    [
+        (41, 37, 43, torch.float32, None, 2),
+        (41, 37, 43, torch.float64, None, 1),
+        (41, 48, 35, torch.bfloat16, None, 2),
+        (41, 37, 35, torch.float16, torch.float32, 2),
+        (9, 33, 150, torch.float32, torch.bfloat16, 1),  # dW by the scatter into zeros
+        (20, 16, 8, torch.float32, torch.float64, 2),
+        (20, 16, 8, torch.float64, torch.float32, 2),
+        (1, 5, 2, torch.float32, None, 2),
+    ],
+    ids=str,
+)
+def test_every_tile_crossed(n, dim, classes, dtype, weight_dtype, norm, small_tiles, monkeypatch):
+    monkeypatch.setattr(loss, "DENSE", 64)
+    tensors = random_case(n, dim, classes, dtype=dtype, weight_dtype=weight_dtype, device=DEVICE)
+    each = torch.arange(n, device=DEVICE) % classes  # as many rows as there can be
+    relative = 1e-10 if dtype == torch.float64 else 1e-5
+    # Centroids rounded to the classifier's dtype choose the winner; its score is exact, so only near ties may differ.
+    relative = max(relative, 1e-3 if (weight_dtype or dtype).itemsize == 2 else 0)
+    assert_matches_float64(replaced(tensors, target=each), relative, norm=norm, delta_dist=2.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tiles_as_they_are(dtype):
+    tensors = random_case(70, 64, 130, dtype=dtype, device=DEVICE)
+    relative = {torch.float64: 1e-10, torch.float32: 1e-5}.get(dtype, 1e-3)
+    assert_matches_float64(tensors, relative)
+
+
+@pytest.mark.parametrize("with_noise, with_bias", [(False, True), (True, False)])
+def test_without(with_noise, with_bias):
+    f, g, y, w, b, *state = random_case(device=DEVICE)
+    assert_matches_float64((f, g if with_noise else None, y, w, b if with_bias else None, *state))
+
+
+@pytest.mark.parametrize("n", [500, 1100, 2500])
+def test_each_way_of_sorting(n, monkeypatch):
+    """In one program; by ranks, in one or more programs; by torch.sort; with ignored samples, long runs among short."""
+    if n == 2500:
+        monkeypatch.setattr(grouping, "COMPARED", 2000)
+    labels = torch.randint(30, (n,), generator=torch.Generator().manual_seed(1), device="cpu") ** 2
+    labels[::7] = -100
+    labels[n // 2 :] = 3
+    tensors = replaced(random_case(n, 3, 3000, device=DEVICE), target=labels.to(DEVICE))
+    slot = OPS.discriminative_loss(*tensors[:5], tensors[5].clone(), tensors[6].clone(), *SETTINGS)[2]
+    classes = torch.unique(labels[labels >= 0])
+    assert torch.equal(slot.cpu().long(), torch.where(labels < 0, -1, torch.searchsorted(classes, labels.clamp(min=0))))
+    assert_matches_float64(tensors)
+
+
+@pytest.mark.parametrize("skew", [1, 3], ids=["one class", "three classes"])
+def test_skewed_labels_give_the_same_bits_every_time(skew, small_tiles):
+    tensors = random_case(120, 24, 7, device=DEVICE)
+    tensors = replaced(tensors, target=tensors[2] % skew)
+    first, second = run(tensors, "triton"), run(tensors, "triton")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert_matches_float64(tensors)
+
+
+@pytest.mark.parametrize("classes, dense", [(30, 2048), (300, 64)])
+def test_one_winner_for_all_classes(classes, dense, monkeypatch):
+    monkeypatch.setattr(loss, "DENSE", dense)
+    tensors = random_case(40, 12, classes, device=DEVICE)
+    tensors[4][17] = 200.0
+    assert_matches_float64(tensors)
+
+
+def test_strides():
+    f, g, y, w, b, *state = random_case(33, 20, 12, device=DEVICE)
+    assert_matches_float64((f.t().contiguous().t(), g[:1].expand(33, 20), y, w.t().contiguous().t(), b, *state))
+    doubled = torch.cat((f, f), 1)[:, ::2], g, torch.stack((y, y), 1)[:, 0], torch.cat((w, w), 1)[:, :20], b
+    assert_matches_float64((*doubled, *state))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8])
+def test_label_dtypes(dtype):
+    tensors = random_case(20, 6, 5, device=DEVICE)
+    other = replaced(tensors, target=tensors[2].to(dtype))
+    assert torch.equal(run(other, "triton")["loss"], run(tensors, "triton")["loss"])
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a device assertion would end the process's use of the GPU")
+@pytest.mark.parametrize("label", [-1, 5, 2**40])
+def test_labels_out_of_range(label):
+    tensors = random_case(20, 6, 5)
+    tensors[2][7] = label
+    with pytest.raises(IndexError, match=f"label {label} at position 7"):
+        run(tensors, "triton")
+
+
+@pytest.mark.parametrize("ignore", [-100, 2, 255])
+def test_ignored_samples_count_nowhere(ignore):
+    tensors = random_case(40, 6, 5, device=DEVICE)
+    f, g, y, *rest = tensors
+    y[::3] = ignore
+    kept = y != ignore
+    f[~kept] = math.nan
+    actual = run(tensors, "triton", ignore_index=ignore)
+    for name in ("grad_input", "grad_input_noise"):
+        assert not actual[name][~kept].any()
+        actual[name] = actual[name][kept]
+    assert_close(actual, run((f[kept], g[kept], y[kept], *rest), "reference"), 1e-5, absolute=1e-7)
+
+
+@pytest.mark.parametrize("n", [0, 9], ids=["no samples", "all ignored"])
+def test_nothing_to_learn_from(n):
+    tensors = random_case(n, 6, 5, device=DEVICE)
+    actual = run(replaced(tensors, target=torch.full_like(tensors[2], -100)), "triton")
+    for name, value in zip(("centroids", "seen"), tensors[5:], strict=True):
+        assert torch.equal(actual.pop(name), value)
+    assert not any(value.any() for value in actual.values())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_features_that_are_not_finite_lose_no_state(bad):
+    f, g, y, w, b, m, s = random_case(30, 6, 5, device=DEVICE)
+    y.copy_(torch.arange(30) % 5)
+    f[7, 2] = bad
+    actual = run((f, g, y, w, b, m, s), "triton")
+    assert not actual["loss"].isfinite()
+    others = torch.arange(5, device=DEVICE) != 2
+    assert torch.equal(actual["centroids"][2], m[2]) and actual["seen"][2] == s[2]
+    assert actual["centroids"].isfinite().all() and actual["seen"][others].all()
+    assert (actual["centroids"][others] != m[others]).any(1).all()
+
+
+@pytest.mark.parametrize("where", ["weight", "bias"])
+def test_nan_in_the_classifier_reaches_the_loss(where):
+    tensors = random_case(10, 6, 200, device=DEVICE)
+    tensors[3 if where == "weight" else 4][150] = math.nan
+    assert not run(tensors, "triton")["loss"].isfinite()
+
+
+def test_equal_rows_have_no_boundary_but_close_ones_do():
+    f, g, y, w, b, m, s = random_case(40, 20, 6, device=DEVICE)
+    b.zero_()
+    w[4] = w[1]
+    w[3, 5] = 0.0
+    w[2] = w[3]
+    w[2, 5] = -0.0  # equal as well, though not bit for bit
+    w[5] = w[0] * 1.001  # close
+    assert_matches_float64((f, g, y, w, b, m, s))
+    actual = run((f, g, y, w[:1].expand(6, 20).contiguous(), b, m, s), "triton")
+    assert actual["margin"] == 0
+    assert not actual["grad_weight"].any()
+
+
+def test_lowest_class_wins_a_tie(small_tiles):
+    f, g, y, w, b, m, s = random_case(1, 4, 60, device=DEVICE)
+    y.zero_(), w.zero_(), b.zero_()
+    w[[50, 21, 35], 1] = 1.0  # boundaries alike, in different tiles
+    actual = run((f, g, y, w, b, m, s), "triton", delta_dist=30.0)
+    assert actual["grad_weight"].abs().sum(1).nonzero().flatten().tolist() == [0, 21]
+
+
+def test_state_moves_only_where_asked():
+    f, g, y, w, b, m, s = random_case(20, 6, 5, device=DEVICE)
+    m_before, s_before = m.clone(), s.clone()
+    with torch.no_grad():
+        functional.discriminative_loss(f, g, y, w, b, m, s, backend="triton")
+    functional.discriminative_loss(f, g, y, w, b, m, s, backend="triton", update_state=False)
+    assert torch.equal(m, m_before) and torch.equal(s, s_before)
+
+
+def test_once_differentiable():
+    tensors = random_case(20, 6, 5, device=DEVICE)
+    tensors[0].requires_grad_()
+    (grad,) = torch.autograd.grad(
+        functional.discriminative_loss(*tensors, backend="triton").loss, tensors[0], create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_gradients_not_wanted_are_not_computed():
+    tensors = random_case(20, 6, 5, device=DEVICE)
+    value, _, *saved = OPS.discriminative_loss(*tensors, *SETTINGS)
+    f, g, _, w, b, *_ = tensors
+    every = OPS.discriminative_loss_backward(value, f, g, w, b, *saved, 2, [True] * 4)
+    for i in range(4):
+        wanted = [i == j for j in range(4)]
+        some = OPS.discriminative_loss_backward(value, f, g, w, b, *saved, 2, wanted)
+        assert [grad.numel() > 0 for grad in some] == wanted
+        assert torch.equal(some[i], every[i])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck_loss(dtype):
+    tensors = random_case(12, 6, 5, dtype=dtype, device=DEVICE)
+    f, g, _, w, b, *_ = tensors
+    torch.library.opcheck(OPS.discriminative_loss, (*tensors, *SETTINGS))
+    value, _, *saved = OPS.discriminative_loss(*tensors, *SETTINGS)
+    torch.library.opcheck(OPS.discriminative_loss_backward, (value, f, g, w, b, *saved, 2, [True, True, True, False]))
+
+
+def test_opcheck_noise():
+    seed, ids = torch.tensor(5, device=DEVICE), torch.arange(2, device=DEVICE)
+    x, mean = torch.rand(2, 3, 4, 4, device=DEVICE), torch.full((3,), 0.5, device=DEVICE)
+    for op in (OPS.gaussian_noise, OPS.uniform_noise):
+        torch.library.opcheck(op, (x, 0.1, seed, ids, 0, 0.0, 1.0))
+    torch.library.opcheck(OPS.gaussian_noise_backward, (x, x, 0.1, seed, None, 0, 0.0, 1.0))
+    torch.library.opcheck(OPS.noisy_pair, (x, 0.1, mean, mean, seed, None, 0, 0.0, 1.0, torch.bfloat16))
+    torch.library.opcheck(OPS.noisy_pair_backward, (x, x, x, 0.1, mean, seed, None, 0, 0.0, 1.0))
+    torch.library.opcheck(OPS.philox_words, (seed, 3, 1, 10))
+
+
+@pytest.mark.parametrize("seed, sample, draw, quads", [(0, 0, 0, 3), (2**63 - 1, 2**62 + 12345, 2**32 - 1, 600)])
+def test_philox_words(seed, sample, draw, quads):
+    seed = torch.tensor(seed, device=DEVICE)
+    words = functional.philox_words(seed, sample, draw, quads, backend="triton")
+    assert torch.equal(words, functional.philox_words(seed, sample, draw, quads, backend="reference"))
+
+
+def test_philox_known_answer():
+    words = functional.philox_words(torch.tensor(0, device=DEVICE), 0, 0, 1, backend="triton")
+    assert words.tolist() == [[0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]]
+
+
+def close(actual, expected, relative):
+    assert_close({"noise": actual}, {"noise": expected}, relative)
+
+
+def layouts(shape):
+    """The same random numbers in memory formats that the kernels tell apart."""
+    x = torch.rand(shape, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    yield x
+    if len(shape) == 4:
+        yield x.contiguous(memory_format=torch.channels_last)
+    yield x.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+# One quad a sample and less, planes of whole quads and not, more than two tiles of 256 quads.
+SHAPES = [(3, 2, 5, 5), (2, 3, 4, 4), (1, 2, 37, 60), (5, 6), (260, 2), (1, 2100), (3,)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("op", ["gaussian_noise", "uniform_noise"])
+def test_noise(op, shape):
+    clip = (0.1, 0.9) if op == "gaussian_noise" else None
+    options = {"seed": 99, "draw": 4, "clip": clip, "sample_ids": torch.arange(shape[0], device=DEVICE) + 2**35}
+    for x in layouts(shape):
+        a, b = x.detach().requires_grad_(), x.detach().requires_grad_()
+        noisy = getattr(functional, op)(a, 0.3, backend="triton", **options)
+        expected = getattr(functional, op)(b, 0.3, backend="reference", **options)
+        assert noisy.stride() == torch.empty_like(x).stride()
+        assert (noisy - expected).abs().max() <= 1e-5 * 0.3 * 4
+        weight = torch.rand_like(x)
+        noisy.backward(weight)
+        expected.backward(weight)
+        assert torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_noise_dtypes(dtype):
+    x = torch.rand(2, 3, 4, 6, device=DEVICE).to(dtype)
+    noisy = functional.gaussian_noise(x, 0.1, seed=5, clip=None, backend="triton")
+    expected = functional.gaussian_noise(x, 0.1, seed=5, clip=None, backend="reference")
+    assert noisy.dtype == dtype
+    close(noisy, expected, max(1e-5, torch.finfo(dtype).eps))
+
+
+def test_normals_everywhere_within_1e_5():
+    """Words from all over their range, above all where u is close to 1 and the logarithm close to 0."""
+    noise = functional.gaussian_noise(torch.zeros(1, 40000, device=DEVICE), 1.0, seed=11, clip=None, backend="triton")
+    words = functional.philox_words(11, 0, 0, 10000, backend="reference").double()
+    u, v = ((words[:, ::2].long() >> 8) + 1).double() * 2**-24, (words[:, 1::2].long() >> 8).double() * 2**-24
+    radius, angle = (-2 * u.log()).sqrt(), 2 * math.pi * v
+    exact = torch.stack((radius * angle.cos(), radius * angle.sin()), -1).flatten()
+    assert u.max() > 1 - 1e-4
+    assert (noise.cpu().flatten().double() - exact).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("source", [torch.uint8, torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_noisy_pair(source, dtype):
+    mean, pixel_std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+    for x in (*layouts((2, 3, 6, 6)), *layouts((2, 3, 3, 3))):
+        images = (x * 255).to(source) if source == torch.uint8 else x.to(source)
+        options = {"mean": mean, "pixel_std": pixel_std, "seed": 7, "draw": 1, "dtype": dtype}
+        a, b = images.clone(memory_format=torch.preserve_format), images.clone(memory_format=torch.preserve_format)
+        if source != torch.uint8:
+            a.requires_grad_(), b.requires_grad_()
+        pair = functional.noisy_pair(a, 0.1, backend="triton", **options)
+        expected = functional.noisy_pair(b, 0.1, backend="reference", **options)
+        for view, expected_view in zip(pair, expected, strict=True):
+            assert view.dtype == dtype
+            assert view.stride() == torch.empty_like(images).stride()
+            close(view, expected_view, max(1e-5, torch.finfo(dtype).eps))
+        if source != torch.uint8:
+            sum((view.float() * weight).sum() for view, weight in zip(pair, (1.0, 2.0), strict=True)).backward()
+            sum((view.float() * weight).sum() for view, weight in zip(expected, (1.0, 2.0), strict=True)).backward()
+            close(a.grad, b.grad, max(1e-5, torch.finfo(source).eps))
+
+
+def test_noise_does_not_depend_on_the_batch():
+    x = torch.rand(6, 3, 4, 4, device=DEVICE)
+    ids = torch.tensor([5, 3, 9, 2**40, 0, 7], device=DEVICE)
+    whole = functional.gaussian_noise(x, 0.1, seed=1, sample_ids=ids, backend="triton")
+    part = functional.gaussian_noise(x[2:4], 0.1, seed=1, sample_ids=ids[2:4], backend="triton")
+    assert torch.equal(whole[2:4], part)
+
+
+def test_seed_is_drawn_from_pytorch():
+    x = torch.zeros(1, 8, device=DEVICE)
+    torch.manual_seed(3)
+    a, b = (functional.gaussian_noise(x, 1.0, backend="triton") for _ in range(2))
+    torch.manual_seed(3)
+    assert torch.equal(functional.gaussian_noise(x, 1.0, backend="triton"), a)
+    assert not torch.equal(a, b)
