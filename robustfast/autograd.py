@@ -64,6 +64,8 @@ class DiscriminativeLossFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss, _):
         needs = ctx.needs_input_grad
+        if grad_loss is None:
+            return (None,) * len(needs)
         wanted = [needs[1], needs[2], needs[4], needs[5]]
         grads = ops(ctx.backend).discriminative_loss_backward(grad_loss, *ctx.saved_tensors, ctx.norm, wanted)
         d_input, d_noise, d_weight, d_bias = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]

@@ -1,12 +1,8 @@
 // The loss ops on the CPU.
-#include <algorithm>
-#include <tuple>
-#include <vector>
-
 #include "cpu/loss.h"
 #include "cpu/parallel.h"
+#include "ops/loss.h"
 #include "ops/memory.h"
-#include "ops/tensors.h"
 
 namespace robustfast {
 
@@ -17,8 +13,6 @@ void run_parallel(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_
 int num_threads() { return int(torch::stable::get_num_threads()); }
 
 namespace {
-
-using LossResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class Wide>
 void run(Loss<Wide>& loss, Wide* total, Wide* terms) {
@@ -31,34 +25,35 @@ void run(Loss<Wide>& loss, Wide* total, Wide* terms) {
   std::copy(all, all + 5, terms);
 }
 
-LossResult discriminative_loss(const Tensor& input, const std::optional<Tensor>& input_noise, const Tensor& target,
-                               const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& centroids,
-                               const Tensor& seen, double delta_var, double delta_dist, int64_t norm, double alpha,
-                               double beta, double gamma, double momentum, bool update_state, int64_t ignore_index) {
-  const int64_t n = input.size(0), dim = input.size(1), num_classes = weight.size(0), rows = std::min(n, num_classes);
-  const ScalarType wide = wide_type(input);
+LossResults::Tuple discriminative_loss(const Tensor& input, const std::optional<Tensor>& input_noise,
+                                       const Tensor& target, const Tensor& weight, const std::optional<Tensor>& bias,
+                                       const Tensor& centroids, const Tensor& seen, double delta_var, double delta_dist,
+                                       int64_t norm, double alpha, double beta, double gamma, double momentum,
+                                       bool update_state, int64_t ignore_index) {
+  const LossSizes sizes(input, weight);
   const Tensor f = unit_rows(input), w = unit_rows(weight);
-  const std::optional<Tensor> g = input_noise ? std::optional(unit_rows(*input_noise)) : std::nullopt;
-  const Tensor total = empty({}, wide, input), terms = empty({5}, wide, input);
-  const Tensor slot = empty({n}, ScalarType::Int, input), pull = empty({2, n}, wide, input);
-  const Tensor tables = with_huge_pages(empty({3, rows, dim}, wide, input));
-  const Tensor classes = empty({2, rows}, ScalarType::Int, input), boundary_bias = empty({rows}, wide, input);
+  const std::optional<Tensor> g = unit_rows(input_noise);
+  const LossResults results(sizes, input, wide_type(input));
+  with_huge_pages(results.tables);
 
-  int32_t* const row_classes = data<int32_t>(classes);
-  const Groups groups = group(matrix(target), n, num_classes, ignore_index, rows, data<int32_t>(slot), row_classes);
-  std::fill(row_classes + rows, row_classes + 2 * rows, -1);
+  const int64_t rows = sizes.rows, dim = sizes.dim;
+  int32_t* const classes = data<int32_t>(results.classes);
+  const Groups groups =
+      group(matrix(target), sizes.n, sizes.num_classes, ignore_index, rows, data<int32_t>(results.slot), classes);
+  const int64_t present = groups.rows();
+  std::fill(classes + rows, classes + 2 * rows, -1);
   const auto run_with = [&]<class Wide>(Wide) {
-    Wide* const table = data<Wide>(tables);
+    Wide* const tables = data<Wide>(results.tables);
+    Wide* const boundary_bias = data<Wide>(results.boundary_bias);
     // What no sample and no class writes is 0, so that results are the same from run to run down to the last byte.
-    std::fill_n(data<Wide>(pull), 2 * n, Wide(0));
-    std::fill(data<Wide>(boundary_bias) + groups.rows(), data<Wide>(boundary_bias) + rows, Wide(0));
-    for (int t = 0; t < 3; ++t)
-      std::fill(table + (t * rows + groups.rows()) * dim, table + (t + 1) * rows * dim, Wide(0));
+    std::fill_n(data<Wide>(results.pull), 2 * sizes.n, Wide(0));
+    std::fill(boundary_bias + present, boundary_bias + rows, Wide(0));
+    for (int t = 0; t < 3; ++t) std::fill(tables + (t * rows + present) * dim, tables + (t + 1) * rows * dim, Wide(0));
     Loss<Wide> loss = {
         .settings = {delta_var, delta_dist, norm, alpha, beta, gamma, momentum, update_state},
-        .n = n,
+        .n = sizes.n,
         .dim = dim,
-        .num_classes = num_classes,
+        .num_classes = sizes.num_classes,
         .groups = &groups,
         .input = matrix(f),
         .input_noise = matrix(g),
@@ -66,65 +61,63 @@ LossResult discriminative_loss(const Tensor& input, const std::optional<Tensor>&
         .bias = matrix(bias),
         .centroids = data<Wide>(centroids),
         .seen = data<bool>(seen),
-        .pull = data<Wide>(pull),
-        .center = table,
-        .center_grad = table + rows * dim,
-        .boundary_grad = table + 2 * rows * dim,
-        .boundary_bias = data<Wide>(boundary_bias),
-        .classes = row_classes,
-        .winner = row_classes + rows,
+        .pull = data<Wide>(results.pull),
+        .center = tables,
+        .center_grad = tables + rows * dim,
+        .boundary_grad = tables + 2 * rows * dim,
+        .boundary_bias = boundary_bias,
+        .classes = classes,
+        .winner = classes + rows,
     };
-    run(loss, data<Wide>(total), data<Wide>(terms));
+    run(loss, data<Wide>(results.loss), data<Wide>(results.terms));
   };
-  wide == ScalarType::Double ? run_with(double()) : run_with(float());
-  return {total, terms, slot, pull, tables, classes, boundary_bias};
+  wide_type(input) == ScalarType::Double ? run_with(double()) : run_with(float());
+  return results.tuple();
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> discriminative_loss_backward(
-    const Tensor& grad_loss, const Tensor& input, const std::optional<Tensor>& input_noise, const Tensor& weight,
-    const std::optional<Tensor>& bias, const Tensor& slot, const Tensor& pull, const Tensor& tables,
-    const Tensor& classes, const Tensor& boundary_bias, int64_t norm, std::vector<bool> wanted) {
-  const int64_t n = input.size(0), dim = input.size(1), num_classes = weight.size(0), rows = classes.size(1);
+LossGradients::Tuple discriminative_loss_backward(const Tensor& grad_loss, const Tensor& input,
+                                                  const std::optional<Tensor>& input_noise, const Tensor& weight,
+                                                  const std::optional<Tensor>& bias, const Tensor& slot,
+                                                  const Tensor& pull, const Tensor& tables, const Tensor& classes,
+                                                  const Tensor& boundary_bias, int64_t norm, std::vector<bool> wanted) {
+  const LossSizes sizes(input, weight);
   const Tensor f = unit_rows(input);
-  const std::optional<Tensor> g = input_noise ? std::optional(unit_rows(*input_noise)) : std::nullopt;
-  const auto grad_of = [&](bool want, std::initializer_list<int64_t> sizes, const Tensor& like) {
-    return want ? with_huge_pages(empty(sizes, like.scalar_type(), input)) : empty({0}, like.scalar_type(), input);
-  };
-  const Tensor d_input = grad_of(wanted[0], {n, dim}, input), d_noise = grad_of(wanted[1], {n, dim}, input);
-  const Tensor d_weight = grad_of(wanted[2], {num_classes, dim}, weight);
-  const Tensor d_bias = grad_of(wanted[3], {num_classes}, weight);
+  const std::optional<Tensor> g = unit_rows(input_noise);
+  const LossGradients gradients(sizes, input, weight, wanted);
+  with_huge_pages(gradients.input);
+  with_huge_pages(gradients.input_noise);
+  with_huge_pages(gradients.weight);
 
-  const Groups groups = group_by_slot(data<int32_t>(slot), n, rows);
+  const Groups groups = group_by_slot(data<int32_t>(slot), sizes.n, sizes.rows);
   const auto run_with = [&]<class Wide>(Wide) {
     const Wide* const table = data<Wide>(tables);
     const LossGrads<Wide> grads = {
         .grad_loss = *data<Wide>(grad_loss),
         .norm = norm,
-        .n = n,
-        .dim = dim,
-        .num_classes = num_classes,
-        .rows = rows,
+        .n = sizes.n,
+        .dim = sizes.dim,
+        .num_classes = sizes.num_classes,
+        .rows = sizes.rows,
         .groups = &groups,
         .input = matrix(f),
         .input_noise = matrix(g),
         .pull = data<Wide>(pull),
         .center = table,
-        .center_grad = table + rows * dim,
-        .boundary_grad = table + 2 * rows * dim,
+        .center_grad = table + sizes.rows * sizes.dim,
+        .boundary_grad = table + 2 * sizes.rows * sizes.dim,
         .boundary_bias = data<Wide>(boundary_bias),
         .slot = data<int32_t>(slot),
         .classes = data<int32_t>(classes),
-        .winner = data<int32_t>(classes) + rows,
+        .winner = data<int32_t>(classes) + sizes.rows,
     };
-    if (wanted[0]) variance_backward(grads, false, data<void>(d_input));
-    if (wanted[1]) variance_backward(grads, true, data<void>(d_noise));
+    if (wanted[0]) variance_backward(grads, false, data<void>(gradients.input));
+    if (wanted[1]) variance_backward(grads, true, data<void>(gradients.input_noise));
     if (wanted[2] || wanted[3]) {
-      margin_backward(grads, dtype_of(weight), wanted[2] ? data<void>(d_weight) : nullptr,
-                      wanted[3] ? data<void>(d_bias) : nullptr);
+      margin_backward(grads, dtype_of(weight), gradients.at(2, gradients.weight), gradients.at(3, gradients.bias));
     }
   };
   wide_type(input) == ScalarType::Double ? run_with(double()) : run_with(float());
-  return {d_input, d_noise, d_weight, d_bias};
+  return gradients.tuple();
 }
 
 }  // namespace
