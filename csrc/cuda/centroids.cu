@@ -68,7 +68,12 @@ __global__ void __launch_bounds__(centroids_threads, 3) centroids_kernel(const L
   const Item item(w.rows, blockIdx.x);
   Wide* mu = a.boundary_grad + item.row * a.dim;
   sum_item<T, count>(a, w, item, item.parts() > 1 ? w.partial + item.place() * a.dim : mu);
-  if (row_complete(item, w, a.dim, mu)) finish_centroid<norm>(a, w, item, mu);
+  if (item.parts() > 1) {
+    if (!last_to_arrive(w.rows.arrived + item.row, unsigned(item.parts()))) return;
+    add_parts(item, w.partial, a.dim, mu);
+  }
+  __syncthreads();
+  finish_centroid<norm>(a, w, item, mu);
 }
 
 }  // namespace

@@ -45,6 +45,18 @@ RF_DEVICE void store16_once(void* to, Vector16 value) {
   __stcs(static_cast<uint4*>(to), make_uint4(value.word[0], value.word[1], value.word[2], value.word[3]));
 }
 
+// Makes the compiler compute what follows from a value again, where it would keep results and run out of registers.
+template <class T>
+RF_DEVICE void recompute_from(T& value) {
+  if constexpr (sizeof(T) % 4 == 0) {
+    uint32_t word[sizeof(T) / 4];
+    memcpy(word, &value, sizeof(T));
+    RF_UNROLL
+    for (int w = 0; w < int(sizeof(T) / 4); ++w) asm volatile("" : "+r"(word[w]));
+    memcpy(&value, word, sizeof(T));
+  }
+}
+
 // Two bfloat16, rounded to nearest even, in one word.
 RF_DEVICE uint32_t pack_bfloat16(float low, float high) {
   uint32_t word;

@@ -1,8 +1,9 @@
-// The loss of large problems, in four launches beside the sort of the labels if that does not fit one block:
+// The loss of large problems, in five launches beside the sort of the labels if that does not fit one block:
 //   prepare    rows of the batch, squared norms of the classifier's rows
 //   centroids  mu_c, m_c, the state, the regularization of each row
 //   margin     the best classes for each row, by matrix products
-//   variance   distances, pulls, and all that a row gives to terms and gradients
+//   variance   distances, pulls and their sums
+//   finish     the margin's boundaries, all that a row gives to terms and gradients
 #pragma once
 
 #include "cuda/pack.cuh"
@@ -15,10 +16,11 @@ template <class Wide>
 struct Workspace {
   Rows rows;
   int64_t margin_blocks;
-  Wide *partial, *partial_squares;  // (places, dim), (places, 2): sums of a row's items, see Item::place
-  Wide *norm, *gain, *own_logit;    // (capacity): ||m_c||, d m_c / d mu_c, W_c . mu_c + b_c
-  Wide* square;                     // (num_classes): ||W_i||^2
-  Wide* best_score;                 // (splits, rows rounded up to tiles): of a part of the classes, for each row
+  Wide* partial;                  // (places, dim): sums of the items of rows with several, see Item::place
+  Wide* squares;                  // (max_items, 2): squared hinges of each item's samples
+  Wide *norm, *gain, *own_logit;  // (capacity): ||m_c||, d m_c / d mu_c, W_c . mu_c + b_c
+  Wide* square;                   // (num_classes): ||W_i||^2
+  Wide* best_score;               // (splits, rows rounded up to tiles): of a part of the classes, for each row
   int32_t* best_index;
   Wide* row_terms;  // (4, capacity): compactness, alignment, margin, regularization
 
@@ -46,22 +48,16 @@ struct MarginSplit {
   RF_INLINE int64_t place(int64_t split, int64_t row) const { return split * row_tiles * MarginTile<Wide>::rows + row; }
 };
 
-// Adds up the parts of a row that several blocks have summed into `partial`. False for all but the last of them, which
-// gets the sums in `total`; a row of one item has them there already. All threads of the block call it.
+// total[d] = the sum of a row's parts, in order. Every thread of the block takes its columns.
 template <class Wide>
-RF_DEVICE bool row_complete(const Item& item, const Workspace<Wide>& w, int64_t dim, Wide* total) {
+RF_DEVICE void add_parts(const Item& item, const Wide* partial, int64_t dim, Wide* total) {
   const int32_t parts = item.parts();
-  if (parts > 1) {
-    if (!last_to_arrive(w.rows.arrived + item.row, unsigned(parts))) return false;
-    for (int64_t d = threadIdx.x; d < dim; d += blockDim.x) {
-      Wide sum = 0;
+  for (int64_t d = threadIdx.x; d < dim; d += blockDim.x) {
+    Wide sum = 0;
 #pragma unroll 4
-      for (int32_t part = 0; part < parts; ++part) sum += w.partial[item.place(part) * dim + d];
-      total[d] = sum;
-    }
+    for (int32_t part = 0; part < parts; ++part) sum += partial[item.place(part) * dim + d];
+    total[d] = sum;
   }
-  __syncthreads();
-  return true;
 }
 
 template <class Wide>
@@ -70,6 +66,8 @@ template <class Wide>
 cudaError_t margin(const Loss<Wide>& a, const Workspace<Wide>& w, cudaStream_t stream);
 template <class Wide>
 cudaError_t variance(const Loss<Wide>& a, const Workspace<Wide>& w, Dtype features, int64_t norm, cudaStream_t stream);
+template <class Wide>
+cudaError_t finish(const Loss<Wide>& a, const Workspace<Wide>& w, int64_t norm, cudaStream_t stream);
 
 template <class Wide>
 cudaError_t variance_backward(const LossGrads<Wide>& a, Dtype features, int64_t norm, cudaStream_t stream);

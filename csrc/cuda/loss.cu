@@ -1,5 +1,5 @@
 // The loss and its backward as a whole: which kernels run, and the memory that they share.
-#include "cuda/margin.cuh"
+#include "cuda/large.cuh"
 #include "cuda/small.cuh"
 
 namespace robustfast::cuda {
@@ -57,6 +57,7 @@ cudaError_t large_loss(const LossParams& p, void* scratch, cudaStream_t stream) 
   if (error == cudaSuccess) error = centroids(a, w, p.input.dtype, p.norm, stream);
   if (error == cudaSuccess) error = margin(a, w, stream);
   if (error == cudaSuccess) error = variance(a, w, p.input.dtype, p.norm, stream);
+  if (error == cudaSuccess) error = finish(a, w, p.norm, stream);
   return error;
 }
 
@@ -92,7 +93,7 @@ void Workspace<Wide>::place(Arena& arena, const Loss<Wide>& a) {
   const int64_t places = 2 * (a.n / rows.chunk + 1), tile = MarginTile<Wide>::rows;
   const int64_t bests = (margin_blocks + (a.capacity + tile - 1) / tile) * tile;
   partial = arena.take<Wide>(places * a.dim);
-  partial_squares = arena.take<Wide>(places * 2);
+  squares = arena.take<Wide>(2 * rows.max_items());
   norm = arena.take<Wide>(a.capacity);
   gain = arena.take<Wide>(a.capacity);
   own_logit = arena.take<Wide>(a.capacity);

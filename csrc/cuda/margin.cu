@@ -6,8 +6,8 @@
 // numbers only low times low is left out, 2^-17 of it; a bfloat16 W is its own high part. Where W_i and W_c are so
 // close that their squared distance cancels, the pair is compared directly, coordinate by coordinate: so equal rows,
 // between which there is no boundary, are told from close ones exactly. The winner's own boundary is computed directly
-// anyhow (margin.cuh), so products only select.
-#include "cuda/margin.cuh"
+// anyhow (finish.cu), so products only select.
+#include "cuda/large.cuh"
 
 namespace robustfast::cuda {
 namespace {

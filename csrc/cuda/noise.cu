@@ -157,7 +157,7 @@ constexpr int group_size = 16 / sizeof(Out) > 4 ? 16 / sizeof(Out) : 4;
 
 // One group per thread: `size` elements of a plane, or of each of `interleaved` planes. A sample has `parts` blocks.
 template <class Op, class In, class Out, int interleaved>
-__global__ void __launch_bounds__(noise_threads, interleaved == 1 ? 3 : 2)
+__global__ void __launch_bounds__(noise_threads, interleaved == 1 && sizeof(typename Op::Wide) == 4 ? 3 : 2)
     groups_kernel(const Op op, const Noise noise, const Samples samples, const Operands<Op> operands, unsigned parts) {
   using Wide = typename Op::Wide;
   constexpr int size = group_size<Out>, count = interleaved * size;
@@ -236,7 +236,7 @@ RF_DEVICE void store_any(const Output& to, int64_t at, Wide value) {
 }
 
 template <class Op>
-__global__ void __launch_bounds__(noise_threads)
+__global__ void __launch_bounds__(noise_threads, 3)
     quads_kernel(const Op op, const Noise noise, const Samples samples, const Operands<Op> operands, unsigned parts) {
   using Wide = typename Op::Wide;
   const int64_t sample = blockIdx.x / parts, size = samples.channels * samples.plane;

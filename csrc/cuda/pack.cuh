@@ -93,6 +93,7 @@ struct Teams {
     RF_UNROLL
     for (int k = 0; k < count; ++k) {
       value[k] = of_warp[first][k];
+#pragma unroll 1
       for (int w = 1; w < size / 32; ++w) value[k] += of_warp[first + w][k];
     }
   }
@@ -106,6 +107,7 @@ struct Teams {
     of_thread[threadIdx.x] = pack;
     __syncthreads();
     if (team() != 0) return;
+#pragma unroll 1
     for (int other = 1; other < this->count; ++other) {
       RF_UNROLL
       for (int k = 0; k < count; ++k) pack.value[k] += of_thread[other * size + rank()].value[k];

@@ -23,6 +23,7 @@ struct Rows {
   int32_t* winner = nullptr;       // (capacity), set to -1 where it is given
   int32_t *order, *begin;          // (n) entries by class; (capacity + 1) each row's first position in `order`
   int32_t *item_begin, *item_row;  // (max_items + 1) first position, (max_items) row
+  int32_t* row_item;               // (capacity + 1) first item
   unsigned *arrived, *finished;    // (capacity), (1): counters of blocks, 0 between kernels
   RowTotals* totals;
 
@@ -33,6 +34,7 @@ struct Rows {
     begin = arena.take<int32_t>(capacity + 1);
     item_begin = arena.take<int32_t>(max_items() + 1);
     item_row = arena.take<int32_t>(max_items());
+    row_item = arena.take<int32_t>(capacity + 1);
     arrived = arena.take<unsigned>(capacity);
     finished = arena.take<unsigned>(1);
     totals = arena.take<RowTotals>(1);
@@ -151,6 +153,7 @@ RF_DEVICE void assign_rows(const uint32_t* keys, const int32_t* order, int64_t f
     const int32_t row = int32_t(heads >> 32) - 1, item = int32_t(heads) - 1;
     if (here >> 32) {
       rows.begin[row] = int32_t(j);
+      rows.row_item[row] = item;
       rows.classes[row] = int32_t(keys[j]);
     }
     if (here) {
@@ -161,6 +164,7 @@ RF_DEVICE void assign_rows(const uint32_t* keys, const int32_t* order, int64_t f
     if (counted ? j + 1 == rows.n || keys[j + 1] >= uint32_t(rows.num_classes) : j == 0) {
       *rows.totals = {row + 1, item + 1};
       rows.begin[row + 1] = rows.item_begin[item + 1] = int32_t(j) + int32_t(counted);
+      rows.row_item[row + 1] = item + 1;
     }
   }
 }

@@ -1,7 +1,7 @@
 // Compactness and alignment, all that a row gives to terms and gradients once its distances are known, and the
 // backward. One block per item of a row; memory-bound on the features. Items run from the last to the first, because
 // centroids ran from the first to the last: the features that it read at its end may still be in the L2.
-#include "cuda/margin.cuh"
+#include "cuda/large.cuh"
 #include "cuda/variance_backward.cuh"
 
 namespace robustfast::cuda {
@@ -12,7 +12,7 @@ constexpr int variance_batch = 4;  // samples that a team has in flight, from ea
 
 // A team's samples of one batch.
 struct Batch {
-  int64_t sample[variance_batch];  // -1: none
+  int32_t sample[variance_batch];  // -1: none
 
   RF_DEVICE Batch(const Rows& rows, const Item& item, const Teams& teams, int32_t first) {
     RF_UNROLL
@@ -40,6 +40,13 @@ struct Views {
         value[view][b] = load_pack<count>(row, column, there ? a.dim : 0);
       }
     }
+    recompute();
+  }
+
+  // Residuals take more registers than the packs that they come from.
+  RF_DEVICE void recompute() {
+    RF_UNROLL
+    for (int e = 0; e < 2 * variance_batch; ++e) recompute_from(value[e / variance_batch][e % variance_batch]);
   }
 
   template <int norm, class Wide>
@@ -78,7 +85,7 @@ RF_DEVICE void settle_pulls(const Loss<Wide>& a, const Batch& batch, const Teams
   constexpr int all = 2 * variance_batch;
   const int own = teams.rank() % all, view = own / variance_batch;
   Wide mine = 0;
-  int64_t i = -1;
+  int32_t i = -1;
   RF_UNROLL
   for (int e = 0; e < all; ++e) {
     if (e == own) mine = value[e], i = batch.sample[e % variance_batch];
@@ -111,17 +118,20 @@ RF_DEVICE void pull_item(const Loss<Wide>& a, const Workspace<Wide>& w, const It
     Wide value[2 * variance_batch] = {};
     if constexpr (single) {
       const Pack<Wide, count> center = center_at(own_column);
-      const Views<T, count> views(a, batch, own_column);
+      Views<T, count> views(a, batch, own_column);
       views.template add_lengths<norm>(center, value);
       teams.sum(value);
       settle_pulls<norm>(a, batch, teams, weight, value, squares);
+      views.recompute();
       views.template subtract_pulls<norm>(center, value, total);
     } else {
+#pragma unroll 1
       for (int64_t column = own_column; column < a.dim; column += step) {
         Views<T, count>(a, batch, column).template add_lengths<norm>(center_at(column), value);
       }
       teams.sum(value);
       settle_pulls<norm>(a, batch, teams, weight, value, squares);
+#pragma unroll 1
       for (int64_t column = own_column; column < a.dim; column += step) {  // one team: nobody else has this column
         Pack<Wide, count> so_far = {};
         if (first != item.begin) so_far = load_pack<count>(sum, column, a.dim);
@@ -137,80 +147,19 @@ RF_DEVICE void pull_item(const Loss<Wide>& a, const Workspace<Wide>& w, const It
   block_sum(squares);
 }
 
-// The squared hinges of a row from those of its parts, for thread 0.
-template <class Wide>
-RF_DEVICE void add_squares(const Item& item, const Workspace<Wide>& w, Wide (&squares)[2]) {
-  if (item.parts() == 1) return;
-  squares[0] = squares[1] = 0;
-  for (int32_t part = 0; part < item.parts(); ++part) {
-    squares[0] += w.partial_squares[2 * item.place(part)];
-    squares[1] += w.partial_squares[2 * item.place(part) + 1];
-  }
-}
-
-// The margin of a row and its gradients; `sum` becomes center_grad, mu boundary_grad.
-template <int norm, class Wide>
-RF_DEVICE void finish_row(const Loss<Wide>& a, const Workspace<Wide>& w, const Item& item, Wide (&squares)[2]) {
-  const int64_t row = item.row, c = a.classes[row];
-  Wide *sum = a.center_grad + row * a.dim, *mu = a.boundary_grad + row * a.dim;
-  const Wide* center = a.center + row * a.dim;
-  int32_t winner;
-  const Boundary<Wide> boundary = settle_margin(a, w, row, c, mu, winner);
-  if (!boundary.active()) winner = -1;
-  const Wide count = Wide(item.count()), gain = w.gain[row];
-  const Wide pull_to_zero = a.gamma / Wide(w.rows.totals->rows) * slope<norm>(w.norm[row]);
-#pragma unroll 1
-  for (int64_t d = threadIdx.x; d < a.dim; d += variance_threads) {
-    Wide to_centroid = gain * (sum[d] + pull_to_zero * direction<norm>(center[d])), to_weight = 0;
-    if (winner >= 0) {
-      const Wide normal = element<Wide>(a.weight, winner, d) - element<Wide>(a.weight, c, d);
-      to_centroid += boundary.to_centroid(normal);
-      to_weight = boundary.to_weight(normal, mu[d]);
-    }
-    sum[d] = to_centroid / count;
-    mu[d] = to_weight;
-  }
-  if (threadIdx.x != 0) return;
-  add_squares(item, w, squares);
-  a.winner[row] = winner;
-  a.boundary_bias[row] = boundary.to_bias();
-  const Wide terms[4] = {squares[0] / count, squares[1] / count, boundary.margin, w.norm[row]};
-  RF_UNROLL
-  for (int term = 0; term < 4; ++term) w.row_terms[term * a.capacity + row] = terms[term];
-}
-
-template <class Wide>
-RF_DEVICE void sum_rows(const Loss<Wide>& a, const Workspace<Wide>& w) {
-  const int32_t rows = w.rows.totals->rows;
-  Wide sum[4] = {0, 0, 0, 0};
-  RF_UNROLL
-  for (int term = 0; term < 4; ++term) {
-    for (int32_t row = int32_t(threadIdx.x); row < rows; row += variance_threads) {
-      sum[term] += w.row_terms[term * a.capacity + row];
-    }
-  }
-  block_sum(sum);
-  if (threadIdx.x == 0) write_terms(a, rows, sum);
-}
-
 template <class T, int norm, int count, bool single, class Wide>
-__global__ void __launch_bounds__(variance_threads, 2) variance_kernel(const Loss<Wide> a, const Workspace<Wide> w) {
-  const RowTotals totals = *w.rows.totals;
-  if (totals.rows == 0 && blockIdx.x == 0) return sum_rows(a, w);
-  const int64_t index = int64_t(totals.items) - 1 - blockIdx.x;
+__global__ void __launch_bounds__(variance_threads, single || count < 8 ? 2 : 1)
+    variance_kernel(const Loss<Wide> a, const Workspace<Wide> w) {
+  const int64_t index = int64_t(w.rows.totals->items) - 1 - blockIdx.x;
   if (index < 0) return;
   const Item item(w.rows, index);
-  Wide* sum = a.center_grad + item.row * a.dim;
+  const bool whole = item.parts() == 1;
   Wide squares[2] = {0, 0};
-  const bool partial = item.parts() > 1;
-  pull_item<T, norm, count, single>(a, w, item, partial ? w.partial + item.place() * a.dim : sum, squares);
-  if (partial && threadIdx.x == 0) {
-    w.partial_squares[2 * item.place()] = squares[0];
-    w.partial_squares[2 * item.place() + 1] = squares[1];
-  }
-  if (!row_complete(item, w, a.dim, sum)) return;
-  finish_row<norm>(a, w, item, squares);
-  if (last_to_arrive(w.rows.finished, unsigned(totals.rows))) sum_rows(a, w);
+  pull_item<T, norm, count, single>(
+      a, w, item, whole ? a.center_grad + item.row * a.dim : w.partial + item.place() * a.dim, squares);
+  if (threadIdx.x != 0) return;
+  w.squares[2 * index] = squares[0];
+  w.squares[2 * index + 1] = squares[1];
 }
 
 template <class T, int norm, int count, class Wide>

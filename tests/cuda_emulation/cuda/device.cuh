@@ -38,6 +38,9 @@ RF_DEVICE void store16(void* to, Vector16 value) {
 }
 RF_DEVICE void store16_once(void* to, Vector16 value) { store16(to, value); }
 
+template <class T>
+RF_DEVICE void recompute_from(T&) {}
+
 RF_DEVICE uint32_t pack_bfloat16(float low, float high) {
   return uint32_t(from_float<bfloat16>(high).bits) << 16 | from_float<bfloat16>(low).bits;
 }
