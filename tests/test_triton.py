@@ -62,8 +62,9 @@ def assert_matches_float64(tensors, relative=1e-5, **keywords):
     """Values, gradients and state no further from the reference in float64 than ``relative`` of the largest entry."""
     actual, expected = run(tensors, "triton", **keywords), run(double(tensors), "reference", **keywords)
     for name, value in expected.items():
-        coarse = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}.get(actual[name].dtype, 0.0)
-        assert_close(actual, {name: value}, relative + coarse, absolute=1e-12)
+        dtype = actual[name].dtype
+        rounding = 0.0 if dtype in (torch.bool, torch.float64) else torch.finfo(dtype).eps
+        assert_close(actual, {name: value}, relative + rounding, absolute=1e-12)
 
 
 def replaced(tensors, **changes):
@@ -126,10 +127,10 @@ def test_each_way_of_sorting(n, monkeypatch):
     """In one program; by ranks, in one or more programs; by torch.sort; with ignored samples, long runs among short."""
     if n == 2500:
         monkeypatch.setattr(grouping, "COMPARED", 2000)
-    labels = torch.randint(30, (n,), generator=torch.Generator().manual_seed(1), device="cpu") ** 2
+    labels = torch.randint(30, (n,), generator=torch.Generator().manual_seed(1)) * 2
     labels[::7] = -100
     labels[n // 2 :] = 3
-    tensors = replaced(random_case(n, 3, 3000, device=DEVICE), target=labels.to(DEVICE))
+    tensors = replaced(random_case(n, 3, 60, device=DEVICE), target=labels.to(DEVICE))
     slot = OPS.discriminative_loss(*tensors[:5], tensors[5].clone(), tensors[6].clone(), *SETTINGS)[2]
     classes = torch.unique(labels[labels >= 0])
     assert torch.equal(slot.cpu().long(), torch.where(labels < 0, -1, torch.searchsorted(classes, labels.clamp(min=0))))
@@ -256,7 +257,7 @@ def test_once_differentiable():
     (grad,) = torch.autograd.grad(
         functional.discriminative_loss(*tensors, backend="triton").loss, tensors[0], create_graph=True
     )
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="once differentiable"):
         grad.sum().backward()
 
 
@@ -348,13 +349,14 @@ def test_noise_dtypes(dtype):
 
 
 def test_normals_everywhere_within_1e_5():
-    """Words from all over their range, above all where u is close to 1 and the logarithm close to 0."""
-    noise = functional.gaussian_noise(torch.zeros(1, 40000, device=DEVICE), 1.0, seed=11, clip=None, backend="triton")
-    words = functional.philox_words(11, 0, 0, 10000, backend="reference").double()
-    u, v = ((words[:, ::2].long() >> 8) + 1).double() * 2**-24, (words[:, 1::2].long() >> 8).double() * 2**-24
+    """Among the words of this sample is one for which u is 1 - 2^-24, where the logarithm is close to 0."""
+    x, ids = torch.zeros(1, 10000, device=DEVICE), torch.tensor([1373], device=DEVICE)
+    noise = functional.gaussian_noise(x, 1.0, seed=11, sample_ids=ids, clip=None, backend="triton")
+    words = functional.philox_words(11, 1373, 0, 2500, backend="reference")
+    u, v = ((words[:, ::2] >> 8) + 1).double() * 2**-24, (words[:, 1::2] >> 8).double() * 2**-24
     radius, angle = (-2 * u.log()).sqrt(), 2 * math.pi * v
     exact = torch.stack((radius * angle.cos(), radius * angle.sin()), -1).flatten()
-    assert u.max() > 1 - 1e-4
+    assert u.max() == 1 - 2**-24
     assert (noise.cpu().flatten().double() - exact).abs().max() < 1e-5
 
 

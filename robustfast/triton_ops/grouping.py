@@ -117,11 +117,6 @@ def rank(target, stride, i, label, num_samples, num_classes, ignore_index, KEY: 
 
 
 @triton.jit
-def later(a, b):
-    return tl.maximum(a, b)
-
-
-@triton.jit
 def make_rows(order, ordered, slot, pull, index, classes, num_samples, num_classes, num_rows, num_chunks, begin,
               CHUNK: tl.constexpr, BLOCK: tl.constexpr, SCAN: tl.constexpr):
     """Number the runs of equal labels among sorted positions begin..begin+BLOCK-1."""
@@ -139,9 +134,11 @@ def make_rows(order, ordered, slot, pull, index, classes, num_samples, num_class
     counted = label < num_classes
     first = counted & (label != tl.load(ordered + p - 1, mask=(p > 0) & (p < num_samples), other=-1))
     row = rows_before + tl.cumsum(first.to(tl.int32)) - 1
-    start = tl.maximum(tl.associative_scan(tl.where(first, p, 0), 0, later), start_before)
     starts = index + HEAD + num_chunks
     tl.store(starts + row, p, mask=first)
+    tl.debug_barrier()
+    start = tl.load(starts + row, mask=counted & (row >= rows_before), other=0)
+    start = tl.where(row >= rows_before, start, start_before)
     tl.store(classes + row, label, mask=first)
     final = counted & (tl.load(ordered + p + 1, mask=p + 1 < num_samples, other=num_classes) == num_classes)
     tl.store(starts + row + 1, p + 1, mask=final)

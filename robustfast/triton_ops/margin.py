@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from robustfast.triton_ops.grouping import NOT_FINITE, PRESENT
-from robustfast.triton_ops.rows import exact_sqrt, load_row, load_samples, quotient_or_zero
+from robustfast.triton_ops.rows import exact_sqrt, load_row, load_samples, narrow, quotient_or_zero
 
 NO_SCORE = tl.constexpr(float("-inf"))
 NOBODY = tl.constexpr(2**31 - 1)
@@ -255,6 +255,7 @@ def weight_gradient(
             total -= load_row(boundary_grad, own, dim, 1, d, dim, WIDE)
             total_bias -= tl.load(boundary_bias + own)
         if d_weight is not None:
-            tl.store(d_weight + tl.cast(k, tl.int64) * dim + d, total * grad_loss, mask=d < dim)
+            total = narrow(total * grad_loss, d_weight.dtype.element_ty)
+            tl.store(d_weight + tl.cast(k, tl.int64) * dim + d, total, mask=d < dim)
         if d_bias is not None:
-            tl.store(d_bias + k, total_bias * grad_loss, mask=slice_ == 0)
+            tl.store(d_bias + k, narrow(total_bias * grad_loss, d_bias.dtype.element_ty), mask=slice_ == 0)

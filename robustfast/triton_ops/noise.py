@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from robustfast.triton_ops.rows import scalar
+from robustfast.triton_ops.rows import narrow, scalar
 
 # sin(x) = x S(x^2) and cos(x) = C(x^2) on [-pi/4, pi/4], errors below 1e-7: Taylor's coefficients.
 S1, S2, S3, S4 = (tl.constexpr(sign / math.factorial(n)) for sign, n in ((-1, 3), (1, 5), (-1, 7), (1, 9)))
@@ -306,7 +306,8 @@ def noisy_pair_backward_kernel(
     passes = (value >= scalar(low, WIDE)) & (value <= scalar(high, WIDE))
     grad = tl.load(grad_clean + at, mask=mask, other=0).to(WIDE)
     grad += tl.where(passes, tl.load(grad_noisy + at, mask=mask, other=0).to(WIDE), 0.0)
-    tl.store(d_images + at, grad / tl.load(pixel_std + tl.minimum(channel, channels - 1)).to(WIDE), mask=mask)
+    grad /= tl.load(pixel_std + tl.minimum(channel, channels - 1)).to(WIDE)
+    tl.store(d_images + at, narrow(grad, d_images.dtype.element_ty), mask=mask)
 
 
 @triton.jit

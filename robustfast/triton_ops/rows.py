@@ -57,6 +57,14 @@ def scalar(value, WIDE: tl.constexpr):
 
 
 @triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """x in another dtype; float64 becomes a half type by way of float32, as Triton has no direct conversion."""
+    if x.dtype == tl.float64 and dtype.primitive_bitwidth == 16:
+        x = x.to(tl.float32)
+    return x.to(dtype)
+
+
+@triton.jit
 def load_samples(x, stride_n, stride_d, sample, valid, d, dim, WIDE: tl.constexpr):
     """Rows ``sample`` of x, 0 where not valid and beyond the last feature."""
     offset = sample.to(tl.int64)[:, None] * stride_n + d.to(tl.int64)[None, :] * stride_d
