@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from robustfast.training.config import METHODS, Config
+from robustfast.training.config import Config
 
 # What benchmarks/tune_digits.py found for each method, with the same number of trials each.
-DIGITS: dict[str, dict[str, Any]] = {method: {} for method in METHODS}
+DIGITS: dict[str, dict[str, Any]] = {
+    "normal": {"lr": 0.02, "weight_decay": 0.005},
+    "noisy": {"lr": 0.02, "weight_decay": 0.0005},
+    "both": {"lr": 0.02, "weight_decay": 0.0005},
+    "stability": {"lr": 0.03, "loss_weight": 0.03},
+    "discriminative": {"lr": 0.02, "delta_dist": 3.0, "alpha": 0.3},
+}
 
 # arXiv 2405.18499 and its published code.
 CIFAR10: dict[str, Any] = {
