@@ -1,7 +1,7 @@
-"""Compiles the Triton kernels that given problems launch, for a GPU that need not be there, and prints reports as JSON.
+"""Compiles the Triton kernels that problems launch, for a GPU that need not be there, and prints reports as JSON.
 
-The launchers run as they would on the GPU, on CPU tensors that nothing computes; each launch is caught, and compiled with
-the specialisations Triton would give it. Usage: compile_triton.py TARGET < list of problems, with a target of TARGETS.
+The launchers run as they would on the GPU, on CPU tensors that nothing computes; each launch is caught, and compiled
+with the specialisations Triton would give it. Usage: compile_triton.py TARGET < list of problems, TARGET of TARGETS.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ def unique_sources(launches, target: GPUTarget) -> dict[str, tuple[ASTSource, di
 
 def report(source: ASTSource, options: dict, name: str) -> dict:
     compiled = triton.compile(source, target=TARGETS[name][0], options=options)
-    tile = {key: value for key, value in named_constants(source).items() if key.startswith(("BLOCK", "SLICE", "SUM", "PREC"))}
+    constants = named_constants(source).items()
+    tile = {key: value for key, value in constants if key.startswith(("BLOCK", "SLICE", "SUM", "PRECISION"))}
     types = sorted({t for t in source.signature.values() if t.startswith(("*fp", "*bf"))})
     result = {"kernel": source.fn.__name__, "types": types, "tile": tile, "shared": compiled.metadata.shared,
               "warps": compiled.metadata.num_warps}  # fmt: skip
@@ -107,7 +108,8 @@ def resources(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+        command = [tool, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text).groups()
     return int(registers), int(stack) + int(local)
 

@@ -1,0 +1,24 @@
+"""benchmarks/gpu_check.py as far as it goes without a GPU: the same checks and timings, at tiny sizes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_gpu_check_on_the_cpu(tmp_path):
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join((str(ROOT), *sys.path))}
+    out = tmp_path / "check.json"
+    command = [sys.executable, ROOT / "benchmarks/gpu_check.py", "--device", "cpu", "--out", out]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(out.read_text())
+    assert report["backends"]["cuda"] is not None
+    assert "cuda       not usable" in result.stdout
+    for row in report["results"]:
+        assert "error" not in row or "check" in row, row
+        assert row.get("ok", True) and row.get("same_bits", True), row
+    assert {row.get("check", row.get("time")) for row in report["results"]} >= {"accuracy", "noise", "loss", "margin"}

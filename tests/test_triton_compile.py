@@ -1,0 +1,78 @@
+"""The Triton kernels compiled for GPUs that need not be there: no spills, matrix instructions where they are due."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+TARGETS = ("sm_80", "sm_90", "gfx942")
+# The matrix units' float32 takes three TF32 passes by default; float64 does not go through them on every target.
+MATRIX_TYPES = ("*bf16", "*fp16", "*fp32")
+
+
+def loss(dim: int, dtype: str, **other) -> dict:
+    return {"n": 1000, "dim": dim, "classes": 1000, "dtype": dtype} | other
+
+
+FEATURES = (64, 128, 512, 2048)
+NOISE = [
+    {"shape": [4, 3, 224, 224], "dtype": "uint8", "out": "bfloat16"},
+    {"shape": [4, 3, 7, 7], "dtype": "float32", "out": "float32"},
+]
+PROBLEMS = {
+    "sm_90": [loss(dim, dtype) for dim in FEATURES for dtype in ("bfloat16", "float16", "float32", "float64")]
+    + [loss(128, "float32", n=64, classes=10), loss(128, "bfloat16", n=20000, weight_dtype="float32", norm=1), *NOISE],
+    "sm_80": [loss(dim, dtype) for dim in FEATURES for dtype in ("bfloat16", "float16", "float32", "float64")] + NOISE,
+    "gfx942": [loss(512, dtype) for dtype in ("bfloat16", "float16", "float32", "float64")] + NOISE,
+}
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """The compiler's report of every kernel that the launchers choose for these problems, by target."""
+
+    def compile_for(target: str) -> list[dict]:
+        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp(target))
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+        script = Path(__file__).with_name("compile_triton.py")
+        result = subprocess.run(
+            [sys.executable, script, target], input=json.dumps(PROBLEMS[target]), env=environment, capture_output=True,
+            text=True,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout)
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(TARGETS, pool.map(compile_for, TARGETS), strict=True))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_nothing_spills(reports, target):
+    spilled = [report for report in reports[target] if report["spills"] > 0]
+    assert not spilled
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_margin_uses_the_matrix_units(reports, target):
+    margins = [report for report in reports[target] if report["kernel"] == "margin_kernel"]
+    types = {report["types"][0] for report in margins}
+    assert types >= {"*bf16", "*fp16", "*fp32"}
+    for report in margins:
+        if report["types"][0] in MATRIX_TYPES:
+            assert report["matrix"] > 0, report
+
+
+def test_every_kernel_is_compiled(reports):
+    kernels = {report["kernel"] for report in reports["sm_90"]}
+    assert kernels == {
+        "group_kernel", "rank_kernel", "label_kernel", "rows_kernel", "sums_kernel", "variance_kernel", "margin_kernel",
+        "finish_kernel", "backward_kernel", "add_noise_kernel", "noisy_pair_kernel", "noisy_pair_backward_kernel",
+    }  # fmt: skip
