@@ -39,7 +39,9 @@ def compile_kernels(source, directory):
 def test_kernels_compile_without_spills(tmp_path):
     before, start = os.times(), time.perf_counter()
     with ThreadPoolExecutor(2) as pool:
-        reports = [report for of_file in pool.map(lambda s: compile_kernels(s, tmp_path), SOURCES) for report in of_file]
+        reports = [
+            report for of_file in pool.map(lambda s: compile_kernels(s, tmp_path), SOURCES) for report in of_file
+        ]
     after = os.times()
     processor = after.children_user + after.children_system - before.children_user - before.children_system
     assert {report["arch"] for report in reports} == set(ARCHITECTURES)

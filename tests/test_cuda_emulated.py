@@ -185,8 +185,7 @@ def test_noisy_pair(shape, images_dtype, dtype):
     for memory_format in (torch.contiguous_format, torch.channels_last):
         results = []
         for backend in ("reference", "emulated"):
-            leaf = images.contiguous(memory_format=memory_format)
-            leaf.requires_grad_(images.is_floating_point())
+            leaf = images.clone(memory_format=memory_format).requires_grad_(images.is_floating_point())
             views = functional.noisy_pair(leaf, 0.2, mean=mean, pixel_std=pixel_std, seed=9, dtype=dtype,
                                           backend=backend)  # fmt: skip
             if leaf.requires_grad:
