@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from robustfast import autograd, backends, checks, reference
+from robustfast import autograd, checks, reference
+from robustfast.backends import home, ops, resolve
 from robustfast.reference import Terms
 
 __all__ = ["Terms", "discriminative_loss", "gaussian_noise", "noisy_pair", "philox_words", "uniform_noise"]
@@ -73,7 +74,7 @@ def discriminative_loss(
     """
     checks.discriminative_loss(input, input_noise, target, weight, bias, centroids, seen)
     checks.loss_settings(delta_var, delta_dist, norm, alpha, beta, gamma, momentum)
-    chosen = backends.resolve(backend, input.device.type, "discriminative_loss")
+    chosen = resolve(backend, input.device.type, "discriminative_loss")
     tensors = (input, input_noise, target, weight, bias, centroids, seen)
     if chosen == "reference":
         checks.labels(target, weight.shape[0], ignore_index)
@@ -155,7 +156,7 @@ def _noise(op, scale_name, input, scale, seed, sample_ids, draw, clip, backend) 
     checks._dtype("input", input, checks.FLOATING)
     low, high = checks.noise(input, scale_name, scale, sample_ids, draw, clip)
     seed = checks.seed(seed, input.device)
-    chosen = backends.resolve(backend, input.device.type, op)
+    chosen = resolve(backend, input.device.type, op)
     if chosen == "reference":
         return getattr(reference, op)(input, scale, seed=seed, sample_ids=sample_ids, draw=draw, clip=clip)
     return autograd.NoiseFunction.apply(chosen, op, input, float(scale), seed, sample_ids, draw, low, high)
@@ -200,7 +201,7 @@ def noisy_pair(
     low, high = checks.noise(images, "std", std, sample_ids, draw, clip)
     mean, pixel_std = checks.channels("mean", mean, images), checks.channels("pixel_std", pixel_std, images)
     seed = checks.seed(seed, images.device)
-    chosen = backends.resolve(backend, images.device.type, "noisy_pair")
+    chosen = resolve(backend, images.device.type, "noisy_pair")
     if chosen == "reference":
         return reference.noisy_pair(
             images,
@@ -228,9 +229,9 @@ def philox_words(seed: int | Tensor, sample_id: int, draw: int, quads: int, back
             f"sample_id, draw, quads: expected 0 <= sample_id < 2**63, 0 <= draw < 2**32, 0 <= quads < 2**32, "
             f"got {sample_id}, {draw}, {quads}"
         )
-    device = seed.device if isinstance(seed, Tensor) else torch.device(backends.home(backend))
+    device = seed.device if isinstance(seed, Tensor) else torch.device(home(backend))
     seed = checks.seed(seed, device)
-    chosen = backends.resolve(backend, device.type, "philox_words")
+    chosen = resolve(backend, device.type, "philox_words")
     if chosen == "reference":
         return reference.philox_words(seed, torch.tensor([sample_id], device=device), draw, quads)[0]
-    return backends.ops(chosen).philox_words(seed, sample_id, draw, quads)
+    return ops(chosen).philox_words(seed, sample_id, draw, quads)

@@ -19,8 +19,9 @@ def chunk_of(index, number, num_chunks, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def sum_samples(x, stride_n, stride_d, order, begin, end, d, dim, WIDE: tl.constexpr, BLOCK_N: tl.constexpr,
-                BLOCK_D: tl.constexpr):
+def sum_samples(
+    x, stride_n, stride_d, order, begin, end, d, dim, WIDE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
+):
     """Sum of the samples at sorted positions begin..end-1, always in the same order."""
     total = tl.zeros((BLOCK_N, BLOCK_D), WIDE)
     for p0 in range(begin, end, BLOCK_N):
@@ -31,8 +32,21 @@ def sum_samples(x, stride_n, stride_d, order, begin, end, d, dim, WIDE: tl.const
 
 
 @triton.jit
-def sum_chunk(f, stride_n, stride_d, order, index, sums, dim, num_chunks, number, d, CHUNK: tl.constexpr,
-              BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+def sum_chunk(
+    f,
+    stride_n,
+    stride_d,
+    order,
+    index,
+    sums,
+    dim,
+    num_chunks,
+    number,
+    d,
+    CHUNK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """Features d of one chunk of a long run, summed into sums (chunks, D)."""
     row, _, _, begin, end = chunk_of(index, number, num_chunks, CHUNK)
     if row >= 0:
@@ -41,8 +55,24 @@ def sum_chunk(f, stride_n, stride_d, order, index, sums, dim, num_chunks, number
 
 
 @triton.jit
-def centroids_of(f, stride_n, stride_d, order, sums, centroids, seen, label, run_begin, run_end, d, dim, momentum,
-                 CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+def centroids_of(
+    f,
+    stride_n,
+    stride_d,
+    order,
+    sums,
+    centroids,
+    seen,
+    label,
+    run_begin,
+    run_end,
+    d,
+    dim,
+    momentum,
+    CHUNK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """(mu_c, m_c) of a run, from its samples if it is short, else from the sums of its chunks in order."""
     WIDE: tl.constexpr = sums.dtype.element_ty
     count = run_end - run_begin

@@ -29,7 +29,7 @@ COMPARED = 16384
 
 
 class Groups(NamedTuple):
-    index: Tensor  # int32, see above
+    layout: Tensor  # int32, see above
     order: Tensor  # (N,) samples sorted by label, ties in the batch's order
     chunk: int  # samples of a long run that one program takes
     num_chunks: int  # size of the table of chunks
@@ -47,7 +47,7 @@ def group(target: Tensor, slot: Tensor, pull: Tensor, classes: Tensor, num_class
     index = target.new_empty(fixed + 2 * n if compared else fixed, dtype=torch.int32)
     sizes = (n, num_classes, rows, num_chunks, ignore_index)
     key = tl.int32 if (num_classes + 2) * n < 2**31 else tl.int64
-    order, ordered = (index[fixed : fixed + n], index[fixed + n :]) if compared else (None, None)
+    order, ordered = index[fixed:].tensor_split([n])
     if n <= ONE_PROGRAM:
         block = max(16, triton.next_power_of_2(n))
         group_kernel[(1,)](
@@ -117,8 +117,22 @@ def rank(target, stride, i, label, num_samples, num_classes, ignore_index, KEY: 
 
 
 @triton.jit
-def make_rows(order, ordered, slot, pull, index, classes, num_samples, num_classes, num_rows, num_chunks, begin,
-              CHUNK: tl.constexpr, BLOCK: tl.constexpr, SCAN: tl.constexpr):
+def make_rows(
+    order,
+    ordered,
+    slot,
+    pull,
+    index,
+    classes,
+    num_samples,
+    num_classes,
+    num_rows,
+    num_chunks,
+    begin,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SCAN: tl.constexpr,
+):
     """Number the runs of equal labels among sorted positions begin..begin+BLOCK-1."""
     rows_before = 0
     start_before = 0
@@ -159,8 +173,24 @@ def make_rows(order, ordered, slot, pull, index, classes, num_samples, num_class
 
 
 @triton.jit(do_not_specialize=SIZES)
-def group_kernel(target, stride, order, ordered, slot, pull, index, classes, num_samples, num_classes, num_rows,
-                 num_chunks, ignore_index, KEY: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+def group_kernel(
+    target,
+    stride,
+    order,
+    ordered,
+    slot,
+    pull,
+    index,
+    classes,
+    num_samples,
+    num_classes,
+    num_rows,
+    num_chunks,
+    ignore_index,
+    KEY: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """All of it in one program."""
     i = tl.arange(0, BLOCK)
     reset(index, classes, num_rows, num_chunks, i, BLOCK)
@@ -169,13 +199,41 @@ def group_kernel(target, stride, order, ordered, slot, pull, index, classes, num
     tl.store(order + position, i, mask=i < num_samples)
     tl.store(ordered + position, label, mask=i < num_samples)
     tl.debug_barrier()
-    make_rows(order, ordered, slot, pull, index, classes, num_samples, num_classes, num_rows, num_chunks,
-              0, CHUNK, BLOCK, BLOCK)
+    make_rows(
+        order,
+        ordered,
+        slot,
+        pull,
+        index,
+        classes,
+        num_samples,
+        num_classes,
+        num_rows,
+        num_chunks,
+        0,
+        CHUNK,
+        BLOCK,
+        BLOCK,
+    )
 
 
 @triton.jit(do_not_specialize=SIZES)
-def rank_kernel(target, stride, order, ordered, index, classes, num_samples, num_classes, num_rows, num_chunks,
-                ignore_index, KEY: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr):
+def rank_kernel(
+    target,
+    stride,
+    order,
+    ordered,
+    index,
+    classes,
+    num_samples,
+    num_classes,
+    num_rows,
+    num_chunks,
+    ignore_index,
+    KEY: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     reset(index, classes, num_rows, num_chunks, i, tl.num_programs(0) * BLOCK)
     label = read_label(target, stride, i, num_samples, num_classes, ignore_index, ASSERT=True)
@@ -185,8 +243,19 @@ def rank_kernel(target, stride, order, ordered, index, classes, num_samples, num
 
 
 @triton.jit(do_not_specialize=SIZES)
-def label_kernel(target, stride, labels, index, classes, num_samples, num_classes, num_rows, num_chunks, ignore_index,
-                 BLOCK: tl.constexpr):
+def label_kernel(
+    target,
+    stride,
+    labels,
+    index,
+    classes,
+    num_samples,
+    num_classes,
+    num_rows,
+    num_chunks,
+    ignore_index,
+    BLOCK: tl.constexpr,
+):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     reset(index, classes, num_rows, num_chunks, i, tl.num_programs(0) * BLOCK)
     label = read_label(target, stride, i, num_samples, num_classes, ignore_index, ASSERT=True)
@@ -194,10 +263,37 @@ def label_kernel(target, stride, labels, index, classes, num_samples, num_classe
 
 
 @triton.jit(do_not_specialize=SIZES[:-1])
-def rows_kernel(order, ordered, slot, pull, index, classes, num_samples, num_classes, num_rows, num_chunks,
-                CHUNK: tl.constexpr, BLOCK: tl.constexpr, SCAN: tl.constexpr):
-    make_rows(order, ordered, slot, pull, index, classes, num_samples, num_classes, num_rows, num_chunks,
-              tl.program_id(0) * BLOCK, CHUNK, BLOCK, SCAN)
+def rows_kernel(
+    order,
+    ordered,
+    slot,
+    pull,
+    index,
+    classes,
+    num_samples,
+    num_classes,
+    num_rows,
+    num_chunks,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SCAN: tl.constexpr,
+):
+    make_rows(
+        order,
+        ordered,
+        slot,
+        pull,
+        index,
+        classes,
+        num_samples,
+        num_classes,
+        num_rows,
+        num_chunks,
+        tl.program_id(0) * BLOCK,
+        CHUNK,
+        BLOCK,
+        SCAN,
+    )
 
 
 @triton.jit

@@ -234,11 +234,11 @@ def discriminative_loss_backward(
     dense = num_classes <= DENSE
     want_f, want_g, want_w, want_b = wanted
     fresh = torch.empty if dense and n else torch.zeros
-    options = {"device": input.device}
-    d_f = torch.empty(input.shape, dtype=input.dtype, **options) if want_f else input.new_empty(0)
-    d_g = torch.empty(input.shape, dtype=input.dtype, **options) if want_g else input.new_empty(0)
-    d_w = fresh(weight.shape, dtype=weight.dtype, **options) if want_w else input.new_empty(0)
-    d_b = fresh(bias.shape, dtype=bias.dtype, **options) if want_b else input.new_empty(0)
+    device = input.device
+    d_f = torch.empty((n, dim), dtype=input.dtype, device=device) if want_f else input.new_empty(0)
+    d_g = torch.empty((n, dim), dtype=input.dtype, device=device) if want_g else input.new_empty(0)
+    d_w = fresh((num_classes, dim), dtype=weight.dtype, device=device) if want_w else input.new_empty(0)
+    d_b = fresh((num_classes,), dtype=weight.dtype, device=device) if want_b else input.new_empty(0)
     if n == 0 or not any(wanted):
         return d_f, d_g, d_w, d_b
 

@@ -13,7 +13,7 @@ import triton.language as tl
 class Processor(NamedTuple):
     """What the tiles are made for: a device's multiprocessors, and whether it is a Hopper or later data-centre GPU."""
 
-    count: int
+    multiprocessors: int
     family: str  # "hopper", "ampere" (sm_80 and all other NVIDIA GPUs) or "amd"
 
 
