@@ -56,7 +56,7 @@ def test_train_then_evaluate(run_dir):
 
 
 def test_train_resumes_where_it_was_interrupted(run_dir, monkeypatch):
-    whole = train(Config(data="npz:tiny.npz", epochs=3), run_dir / "whole")
+    whole = train(preset("digits", data="npz:tiny.npz", epochs=3), run_dir / "whole")
     arguments = ("train", "--data", "npz:tiny.npz", "--epochs", "3", "--out", "cut")
     train_epoch = loop.train_epoch
 
@@ -70,7 +70,9 @@ def test_train_resumes_where_it_was_interrupted(run_dir, monkeypatch):
     assert shown.exit_code == 130 and "robustfast train --resume --out cut" in shown.output
     monkeypatch.setattr(loop, "train_epoch", train_epoch)
     assert isinstance(invoke(*arguments).exception, FileExistsError)
-    assert "lr: the run in cut has 0.03" in str(invoke("train", "--resume", "--out", "cut", "--lr", "1").exception)
+    assert f"lr: the run in cut has {whole['config']['lr']}" in str(
+        invoke("train", "--resume", "--out", "cut", "--lr", "1").exception
+    )
     shown = invoke("train", "--resume", "--out", "cut", "--epochs", "3")
     assert shown.exit_code == 0, shown.output
     results = files.read_json(run_dir / "cut" / files.RESULTS)

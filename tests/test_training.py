@@ -332,13 +332,23 @@ def test_a_resumed_run_is_the_uninterrupted_one(tiny, tmp_path, method):
 
 def test_a_killed_process_is_resumed_to_the_same_bits(tiny, tmp_path):
     """SIGKILL at no chosen moment: whatever was being written, the last whole epoch is there."""
-    config = replace(tiny, epochs=30)
+    config = preset("digits", data=tiny.data, epochs=30, batch_size=8, inter_dim=8, crop=1, flip=True)
     out = tmp_path / "killed"
-    options = ["--data", config.data, "--epochs", "30", "--batch-size", "8", "--inter-dim", "8", "--milestones", "2"]
-    options += ["--crop", "1", "--flip", "--test-sigmas", "0.3", "--threads", "1", "--out", str(out)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "robustfast", "train", *options], cwd=ROOT, stdout=subprocess.DEVNULL
-    )
+    options = [
+        "--data",
+        config.data,
+        "--epochs",
+        "30",
+        "--batch-size",
+        "8",
+        "--inter-dim",
+        "8",
+        "--crop",
+        "1",
+        "--flip",
+    ]
+    command = [sys.executable, "-m", "robustfast", "train", *options, "--threads", "1", "--out", str(out)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while len(list(out.glob("tensors-0000[3-9]*"))) == 0 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
