@@ -67,7 +67,7 @@ def matmul_precision(family: str, dtype: torch.dtype) -> str:
     """float32 products take three TF32 passes, or one where PyTorch's matmul settings allow TF32."""
     if dtype != torch.float32 or family == "amd":
         return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 @triton.jit

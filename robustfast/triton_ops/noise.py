@@ -16,11 +16,32 @@ from torch import Tensor
 
 from robustfast.triton_ops.rows import narrow, scalar
 
-# sin(x) = x S(x^2) and cos(x) = C(x^2) on [-pi/4, pi/4], errors below 1e-7: Taylor's coefficients.
-S1, S2, S3, S4 = (tl.constexpr(sign / math.factorial(n)) for sign, n in ((-1, 3), (1, 5), (-1, 7), (1, 9)))
-C1, C2, C3, C4 = (tl.constexpr(sign / math.factorial(n)) for sign, n in ((-1, 2), (1, 4), (-1, 6), (1, 8)))
-RADIANS = tl.constexpr(2 * math.pi * 2.0**-32)
 LN2_TWICE = tl.constexpr(2 * math.log(2))
+
+
+@triton.jit
+def log_series(x):
+    """-2 ln(1 + x) / x for |x| <= 1/3, minimax, relative error 2e-7."""
+    y = 0.30730990710118106 * x - 0.3422236216148614
+    y = (y * x + 0.32840250109208052) * x - 0.3959007508383835
+    y = (y * x + 0.5001523916010496) * x - 0.6667597736946836
+    return (y * x + 0.9999987557962463) * x - 1.9999996724305368
+
+
+@triton.jit
+def sin_series(z):
+    """sin(2 pi sqrt(z)) / sqrt(z) for z <= 1/4, minimax, error 1e-7 of the sine."""
+    y = -12.271261390449189 * z + 41.20539421304336
+    y = (y * z - 76.58010036542551) * z + 81.59618385578511
+    return (y * z - 41.34142139793366) * z + 6.283182818541808
+
+
+@triton.jit
+def cos_series(z):
+    """cos(2 pi sqrt(z)) for z <= 1/4, minimax, error 1e-8."""
+    y = (6.529609898007555 * z - 25.968312914977616) * z + 60.16783162286123
+    y = (y * z - 85.45016553631896) * z + 64.93911898307908
+    return (y * z - 19.73920453207719) * z + 0.9999999891722187
 
 
 @triton.jit
@@ -31,24 +52,18 @@ def interleave4(a, b, c, d):
 
 @triton.jit
 def box_muller(word_u, word_v):
-    """sqrt(-2 ln u) times cos(2 pi v) and sin(2 pi v), u = ((word_u >> 8) + 1) 2^-24, v = (word_v >> 8) 2^-24."""
-    u = ((word_u >> 8) + 1).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08
-    # 1 - u is exact; near u = 1 the logarithm is a short series of it, where log2's absolute error would show.
-    t = 1 - u
-    series = 2 * t + t * t * (1 + t * 0.6666666666666666)
-    radius = tl.sqrt(tl.where(t < 0.00390625, series, -LN2_TWICE * tl.log2(u)))
-    # The angle is a quarter turn times ``turns`` plus a rest of at most an eighth of a turn.
-    turns = ((word_v >> 29) + 1) >> 1
-    x = ((word_v >> 8) << 10).to(tl.int32, bitcast=True).to(tl.float32) * (RADIANS / 4)
-    x2 = x * x
-    sin = x + x * x2 * (S1 + x2 * (S2 + x2 * (S3 + x2 * S4)))
-    cos = 1 + x2 * (C1 + x2 * (C2 + x2 * (C3 + x2 * C4)))
-    swap = (turns & 1) != 0
-    first = tl.where(swap, sin, cos)
-    second = tl.where(swap, cos, sin)
-    first = tl.where(((turns + 1) & 2) != 0, -first, first)
-    second = tl.where((turns & 2) != 0, -second, second)
-    return radius * first, radius * second
+    """sqrt(-2 ln u) times cos(2 pi v) and sin(2 pi v), u = ((word_u >> 8) + 1) 2^-24, v = (word_v >> 8) 2^-24.
+
+    u = 2^(k - 24) (1 + x) with x from -1/3 to 1/3, so that the logarithm is accurate near u = 1 too. The hardware's
+    approximations are not, nor its sine; those of the libraries have branches for what cannot occur here.
+    """
+    bits = ((word_u >> 8) + 1).to(tl.int32).to(tl.float32).to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F2AAAAB) & -8388608
+    x = (bits - exponent).to(tl.float32, bitcast=True) - 1
+    radius = tl.sqrt(x * log_series(x) + (24 - (exponent >> 23)).to(tl.float32) * LN2_TWICE)
+    turn = (word_v & 0xFFFFFF00).to(tl.int32, bitcast=True).to(tl.float32) * 2.3283064365386963e-10  # v, or v - 1
+    square = turn * turn
+    return radius * cos_series(square), radius * (turn * sin_series(square))
 
 
 @triton.jit
@@ -59,9 +74,18 @@ def uniform(word):
 
 @triton.jit
 def words(seed, sample, draw, quad):
-    """The four words, uint32, of key seed and counters (quad, sample low, sample high, draw)."""
-    low, high = (sample & 0xFFFFFFFF).to(tl.uint32), ((sample >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    return tl.philox(tl.load(seed), quad.to(tl.uint32), low, high, tl.cast(draw, tl.uint32))
+    """The four words of Philox4x32-10, uint32, of key seed and counters (quad, sample low, sample high, draw)."""
+    seed = tl.load(seed)
+    k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    c0, c1, c2, c3 = quad.to(tl.uint32), sample.to(tl.uint32), (sample >> 32).to(tl.uint32), tl.cast(draw, tl.uint32)
+    for _ in tl.static_range(10):
+        # Products in 64 bits are one instruction each; tl.philox takes two, for the upper and the lower half.
+        first, second = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57
+        c0, c2 = (second >> 32).to(tl.uint32) ^ c1 ^ k0, (first >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1, c3 = second.to(tl.uint32), first.to(tl.uint32)
+        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
+        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+    return c0, c1, c2, c3
 
 
 class Quads(NamedTuple):
@@ -96,7 +120,7 @@ class Quads(NamedTuple):
                 "BLOCK_Q": self.block_q, "num_warps": 4}  # fmt: skip
 
 
-TILE = 256  # quads of a program: 8 elements a thread
+TILE = 512  # quads of a program: 16 elements a thread
 
 
 def quads(x: Tensor, with_channels: bool) -> Quads:
@@ -250,8 +274,8 @@ def noise_of(seed, sample_ids, sample, samples, draw, quad, NORMAL: tl.constexpr
 @triton.jit
 def clip(x, low, high):
     """nan passes."""
-    x = tl.where(x < low, low, x)
-    return tl.where(x > high, high, x)
+    x = tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(x, high, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -279,7 +303,7 @@ def read_image(images, at, mask, WIDE: tl.constexpr):
     """Pixels on [0, 1]: integers are taken as x / 255."""
     image = tl.load(images + at, mask=mask, other=0)
     if images.dtype.element_ty == tl.uint8:
-        return image.to(WIDE) / 255.0
+        return image.to(WIDE) * tl.full((), 1 / 255, WIDE)
     return image.to(WIDE)
 
 
