@@ -62,6 +62,7 @@ def caught_launches(problems: list[dict], family: str) -> list[tuple[JITFunction
         launches.append((self, args, kwargs))
 
     loss.processor = lambda device: rows.Processor(132, family)
+    noise.has_nvidia_instructions = lambda device: family != "amd"
     JITFunction.run = catch
     for problem in problems:
         (launch_noise if "shape" in problem else launch_loss)(**problem)

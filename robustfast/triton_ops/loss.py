@@ -71,7 +71,7 @@ def discriminative_loss(
         *f, *g, order, index, classes, sums, centroids, seen, *w, bias, pull, tables, low, own, row_terms, pulls,
         chunk_terms, n, dim, rows, chunks, delta_var, alpha, momentum,
         NORM=norm, CHUNK=chunk, BLOCK_N=tile.block_n, BLOCK_D=tile.block_d,
-        **warps(tile.num_warps, family),
+        **warps(tile.num_warps, family, wide.itemsize),
     )  # fmt: skip
     precision = matmul_precision(family, low_dtype)
     tiles = margin_tiles(family, low_dtype, precision, dim)
@@ -90,7 +90,7 @@ def discriminative_loss(
         tables, boundary_bias, row_terms, loss, terms, num_classes, dim, rows, chunks,
         delta_dist, alpha, beta, gamma, momentum,
         NORM=norm, VIEWS=1 if input_noise is None else 2, UPDATE=update_state, CHUNK=chunk, BLOCK_C=tiles.block_c,
-        BLOCK_K=tiles.block_k, BLOCK_D=row.block_d, BLOCK=256, **warps(max(4, row.num_warps), family),
+        BLOCK_K=tiles.block_k, BLOCK_D=row.block_d, BLOCK=256, **warps(max(4, row.num_warps), family, wide.itemsize),
     )  # fmt: skip
     return loss, terms, slot, pull, tables, classes, boundary_bias
 
@@ -253,15 +253,15 @@ def discriminative_loss_backward(
         grad_loss, input, *input.stride(), *g, slot, pull, tables, classes, boundary_bias, listed,
         d_f if want_f else None, d_g if want_g else None, d_w if want_w else None, d_b if want_b else None,
         n, dim, rows, weight_programs, destinations,
-        NORM=norm, DENSE_ROWS=dense, SLICE=slice_size(dim), BLOCK=256, BLOCK_N=tile.block_n, BLOCK_D=tile.block_d,
-        num_warps=tile.num_warps,
+        NORM=norm, DENSE_ROWS=dense, SLICE=slice_size(dim), BLOCK=1024, BLOCK_N=tile.block_n, BLOCK_D=tile.block_d,
+        **warps(tile.num_warps, processor(input.device).family, pull.itemsize),
     )  # fmt: skip
     return d_f, d_g, d_w, d_b
 
 
 def slice_size(dim: int) -> int:
     """Features of one row of dW that one program adds."""
-    return min(512, max(16, triton.next_power_of_2(dim)))
+    return min(2048, max(16, triton.next_power_of_2(dim)))
 
 
 @triton.jit(do_not_specialize=["num_samples", "num_rows", "weight_programs", "destinations"])
@@ -284,7 +284,7 @@ def backward_kernel(
         if k >= 0:
             weight_gradient(
                 d_w, d_b, tables + 2 * tl.cast(num_rows, tl.int64) * dim, boundary_bias, classes, listed, scale, k,
-                candidate, pid // destinations, dim, num_rows, 8, SLICE, BLOCK,
+                candidate, pid // destinations, dim, num_rows, min(16, max(1, 8192 // SLICE)), SLICE, BLOCK,
             )  # fmt: skip
     else:
         sample = (pid - weight_programs) * BLOCK_N + tl.arange(0, BLOCK_N)

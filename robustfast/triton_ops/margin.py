@@ -218,20 +218,28 @@ def boundary(weight, w_k, w_d, bias, mu, label, winner, d, dim, delta_dist, shar
 
 
 @triton.jit
-def list_rows_won(winners, listed, num_rows, k, BLOCK: tl.constexpr):
-    """Rows whose margin class k won, in order, at listed[begin:begin + count]; each k has a place of its own there."""
-    begin = 0
+def find_rows(classes, num_rows, k, BLOCK: tl.constexpr):
+    """The row whose class k is (-1: none), and how many rows classes below k won, and k itself."""
+    own, below, count = -1, 0, 0
     for r0 in range(0, num_rows, BLOCK):
         r = r0 + tl.arange(0, BLOCK)
-        winner = tl.load(winners + r, mask=r < num_rows, other=-1)
-        begin += tl.sum(((winner >= 0) & (winner < k)).to(tl.int32))
+        label = tl.load(classes + r, mask=r < num_rows, other=-1)
+        winner = tl.load(classes + num_rows + r, mask=r < num_rows, other=-1)
+        own = tl.maximum(own, tl.max(tl.where(label == k, r, -1)))
+        below += tl.sum(((winner >= 0) & (winner < k)).to(tl.int32))
+        count += tl.sum((winner == k).to(tl.int32))
+    return own, below, count
+
+
+@triton.jit
+def list_rows_won(winners, listed, num_rows, k, BLOCK: tl.constexpr):
+    """The rows that class k won, in order."""
     count = 0
     for r0 in range(0, num_rows, BLOCK):
         r = r0 + tl.arange(0, BLOCK)
         won = (tl.load(winners + r, mask=r < num_rows, other=-1) == k).to(tl.int32)
-        tl.store(listed + begin + count + tl.cumsum(won) - 1, r, mask=won != 0)
+        tl.store(listed + count + tl.cumsum(won) - 1, r, mask=won != 0)
         count += tl.sum(won)
-    return begin, count
 
 
 @triton.jit
@@ -244,23 +252,20 @@ def weight_gradient(
     ``candidate`` >= 0: k is the winner of that row; leave it to the row whose class k is, or to the first row it won.
     """
     WIDE: tl.constexpr = boundary_grad.dtype.element_ty
-    own = -1
-    for r0 in range(0, num_rows, BLOCK):
-        r = r0 + tl.arange(0, BLOCK)
-        label = tl.load(classes + r, mask=r < num_rows, other=-1)
-        own = tl.maximum(own, tl.max(tl.where(label == k, r, -1)))
-    listed += slice_ * num_rows
-    begin, count = list_rows_won(classes + num_rows, listed, num_rows, k, BLOCK)
-    tl.debug_barrier()
+    own, below, count = find_rows(classes, num_rows, k, BLOCK)
+    listed += slice_ * num_rows + below  # a place of its own for each k
+    if count > 0:
+        list_rows_won(classes + num_rows, listed, num_rows, k, BLOCK)
+        tl.debug_barrier()
     if candidate >= 0:
-        k = tl.where((own >= 0) | (tl.load(listed + begin) != candidate), -1, k)
+        k = tl.where((own >= 0) | (tl.load(listed) != candidate), -1, k)
     if k >= 0:
         d = slice_ * BLOCK_D + tl.arange(0, BLOCK_D)
         total = tl.zeros((BLOCK_D,), WIDE)
         total_bias = tl.zeros((), WIDE)
-        for i in range(begin, begin + count, BLOCK_N):
+        for i in range(0, count, BLOCK_N):
             j = i + tl.arange(0, BLOCK_N)
-            valid = j < begin + count
+            valid = j < count
             row = tl.load(listed + j, mask=valid, other=0)
             total += tl.sum(load_samples(boundary_grad, dim, 1, row, valid, d, dim, WIDE), axis=0)
             total_bias += tl.sum(tl.load(boundary_bias + row, mask=valid, other=0))

@@ -14,9 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from robustfast.triton_ops.rows import narrow, scalar
+from robustfast.triton_ops.rows import narrow, processor, scalar
 
 LN2_TWICE = tl.constexpr(2 * math.log(2))
+TURN = tl.constexpr(2 * math.pi)
 
 
 @triton.jit
@@ -51,19 +52,28 @@ def interleave4(a, b, c, d):
 
 
 @triton.jit
-def box_muller(word_u, word_v):
+def box_muller(word_u, word_v, HARDWARE: tl.constexpr):
     """sqrt(-2 ln u) times cos(2 pi v) and sin(2 pi v), u = ((word_u >> 8) + 1) 2^-24, v = (word_v >> 8) 2^-24.
 
-    u = 2^(k - 24) (1 + x) with x from -1/3 to 1/3, so that the logarithm is accurate near u = 1 too. The hardware's
-    approximations are not, nor its sine; those of the libraries have branches for what cannot occur here.
+    u = 2^(k - 24) (1 + x) with x from -1/3 to 1/3, so that the logarithm is accurate near u = 1 too, as the hardware's
+    is not; the libraries' have branches for what cannot occur here. NVIDIA's sine is good to 2^-21 up to half a turn.
     """
     bits = ((word_u >> 8) + 1).to(tl.int32).to(tl.float32).to(tl.int32, bitcast=True)
     exponent = (bits - 0x3F2AAAAB) & -8388608
     x = (bits - exponent).to(tl.float32, bitcast=True) - 1
     radius = tl.sqrt(x * log_series(x) + (24 - (exponent >> 23)).to(tl.float32) * LN2_TWICE)
     turn = (word_v & 0xFFFFFF00).to(tl.int32, bitcast=True).to(tl.float32) * 2.3283064365386963e-10  # v, or v - 1
-    square = turn * turn
-    return radius * cos_series(square), radius * (turn * sin_series(square))
+    if HARDWARE:
+        cos, sin = nvidia("cos.approx.ftz.f32", turn * TURN), nvidia("sin.approx.ftz.f32", turn * TURN)
+    else:
+        square = turn * turn
+        cos, sin = cos_series(square), turn * sin_series(square)
+    return radius * cos, radius * sin
+
+
+@triton.jit
+def nvidia(instruction: tl.constexpr, x):
+    return tl.inline_asm_elementwise(instruction + " $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -100,6 +110,7 @@ class Quads(NamedTuple):
     plane: int
     strides: tuple[int, int, int]  # of a sample, of a channel, of a position in the plane
     planar: bool
+    hardware: bool  # whether NVIDIA's own instructions are there
     block_r: int
     block_q: int
 
@@ -116,8 +127,8 @@ class Quads(NamedTuple):
     @property
     def constants(self) -> dict:
         far = self.channels * self.plane >= 2**31
-        return {"PLANAR": self.planar, "INDEX": tl.int64 if far else tl.int32, "BLOCK_R": self.block_r,
-                "BLOCK_Q": self.block_q, "num_warps": 4}  # fmt: skip
+        return {"PLANAR": self.planar, "INDEX": tl.int64 if far else tl.int32, "HARDWARE": self.hardware,
+                "BLOCK_R": self.block_r, "BLOCK_Q": self.block_q, "num_warps": 4}  # fmt: skip
 
 
 TILE = 512  # quads of a program: 16 elements a thread
@@ -132,7 +143,11 @@ def quads(x: Tensor, with_channels: bool) -> Quads:
     strides = (size, 1, channels) if last else (size, plane, 1)
     planar = channels == 1 or plane % 4 == 0
     block_q = min(TILE, triton.next_power_of_2(max(1, triton.cdiv(plane if planar else size, 4))))
-    return Quads(n, channels, plane, strides, planar, TILE // block_q, block_q)
+    return Quads(n, channels, plane, strides, planar, has_nvidia_instructions(x.device), TILE // block_q, block_q)
+
+
+def has_nvidia_instructions(device: torch.device) -> bool:
+    return device.type == "cuda" and processor(device).family != "amd"
 
 
 def dense(x: Tensor) -> Tensor:
@@ -257,15 +272,15 @@ def locate(
 
 
 @triton.jit
-def noise_of(seed, sample_ids, sample, samples, draw, quad, NORMAL: tl.constexpr):
+def noise_of(seed, sample_ids, sample, samples, draw, quad, NORMAL: tl.constexpr, HARDWARE: tl.constexpr):
     """Four float32 noise values for each quad, side by side."""
     name = sample.to(tl.int64)
     if sample_ids is not None:
         name = tl.load(sample_ids + sample, mask=sample < samples, other=0)
     w0, w1, w2, w3 = words(seed, name, draw, quad)
     if NORMAL:
-        n0, n1 = box_muller(w0, w1)
-        n2, n3 = box_muller(w2, w3)
+        n0, n1 = box_muller(w0, w1, HARDWARE)
+        n2, n3 = box_muller(w2, w3, HARDWARE)
     else:
         n0, n1, n2, n3 = uniform(w0), uniform(w1), uniform(w2), uniform(w3)
     return interleave4(n0, n1, n2, n3)
@@ -283,13 +298,13 @@ def add_noise_kernel(
     out, x, grad, scale, seed, sample_ids, draw: tl.int64, low: tl.float64, high: tl.float64,
     samples, channels, plane, stride_n, stride_c, stride_p,
     WIDE: tl.constexpr, NORMAL: tl.constexpr, PLANAR: tl.constexpr, INDEX: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr,
+    HARDWARE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     sample, quad, at, mask, _ = locate(
         channels, plane, stride_n, stride_c, stride_p, samples, PLANAR, INDEX, BLOCK_R, BLOCK_Q
     )
     value = tl.load(x + at, mask=mask, other=0).to(WIDE)
-    value += (scale * noise_of(seed, sample_ids, sample, samples, draw, quad, NORMAL)).to(WIDE)
+    value += (scale * noise_of(seed, sample_ids, sample, samples, draw, quad, NORMAL, HARDWARE)).to(WIDE)
     low, high = scalar(low, WIDE), scalar(high, WIDE)
     if grad is not None:
         value = tl.where((value >= low) & (value <= high), tl.load(grad + at, mask=mask, other=0).to(WIDE), 0.0)
@@ -311,13 +326,14 @@ def read_image(images, at, mask, WIDE: tl.constexpr):
 def noisy_pair_kernel(
     clean, noisy, images, mean, pixel_std, std, seed, sample_ids, draw: tl.int64, low: tl.float64, high: tl.float64,
     samples, channels, plane, stride_n, stride_c, stride_p,
-    WIDE: tl.constexpr, PLANAR: tl.constexpr, INDEX: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr,
+    WIDE: tl.constexpr, PLANAR: tl.constexpr, INDEX: tl.constexpr, HARDWARE: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     sample, quad, at, mask, channel = locate(
         channels, plane, stride_n, stride_c, stride_p, samples, PLANAR, INDEX, BLOCK_R, BLOCK_Q
     )
     value = read_image(images, at, mask, WIDE)
-    noise = (std * noise_of(seed, sample_ids, sample, samples, draw, quad, True)).to(WIDE)
+    noise = (std * noise_of(seed, sample_ids, sample, samples, draw, quad, True, HARDWARE)).to(WIDE)
     channel = tl.minimum(channel, channels - 1)
     inverse = 1 / tl.load(pixel_std + channel).to(WIDE)
     shift = tl.load(mean + channel).to(WIDE) * inverse
@@ -330,13 +346,14 @@ def noisy_pair_kernel(
 def noisy_pair_backward_kernel(
     d_images, grad_clean, grad_noisy, images, pixel_std, std, seed, sample_ids, draw: tl.int64, low: tl.float64,
     high: tl.float64, samples, channels, plane, stride_n, stride_c, stride_p,
-    WIDE: tl.constexpr, PLANAR: tl.constexpr, INDEX: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr,
+    WIDE: tl.constexpr, PLANAR: tl.constexpr, INDEX: tl.constexpr, HARDWARE: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     sample, quad, at, mask, channel = locate(
         channels, plane, stride_n, stride_c, stride_p, samples, PLANAR, INDEX, BLOCK_R, BLOCK_Q
     )
     value = read_image(images, at, mask, WIDE)
-    value += (std * noise_of(seed, sample_ids, sample, samples, draw, quad, True)).to(WIDE)
+    value += (std * noise_of(seed, sample_ids, sample, samples, draw, quad, True, HARDWARE)).to(WIDE)
     passes = (value >= scalar(low, WIDE)) & (value <= scalar(high, WIDE))
     grad = tl.load(grad_clean + at, mask=mask, other=0).to(WIDE)
     grad += tl.where(passes, tl.load(grad_noisy + at, mask=mask, other=0).to(WIDE), 0.0)

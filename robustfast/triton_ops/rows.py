@@ -42,12 +42,14 @@ def row_tile(dim: int, itemsize: int, rows: int = 64, kib: int = 16) -> RowTile:
     return RowTile(block_n, block_d, max(1, min(16 if block_d > 4096 else 8, block_n * block_d * itemsize // 1024)))
 
 
-def warps(number: int, family: str) -> dict:
-    """Launch options for so many warps that hold their tile in registers.
+def warps(number: int, family: str, itemsize: int) -> dict:
+    """Launch options for so many warps that hold their tile in registers, half of them where values have 4 bytes.
 
     NVIDIA's assembler, given no bound, spills a few of them to fit one more program on a multiprocessor.
     """
-    return {"num_warps": number} if family == "amd" else {"num_warps": number, "maxnreg": min(255, 2048 // number)}
+    if family == "amd":
+        return {"num_warps": number}
+    return {"num_warps": number, "maxnreg": min(255, (1024 if itemsize == 4 and number > 4 else 2048) // number)}
 
 
 @triton.jit
