@@ -194,7 +194,7 @@ def finish_row(
     tl.store(row_terms + 3 * num_rows + row, norm)
     if UPDATE:
         finite = tl.max((center - center != 0).to(tl.int32)) == 0
-        tl.store(centroids + label.to(tl.int64) * dim + d, center, mask=(d < dim) & finite)
+        tl.store(centroids + label.to(tl.int64) * dim + d, center, mask=d < tl.where(finite, dim, 0))
         tl.store(seen + label, True, mask=finite)
 
 
