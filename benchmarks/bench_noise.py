@@ -78,7 +78,8 @@ def test_noise(group, implementation, benchmark, capsys):
     run, rotation, seed = implementation(op), cycle(inputs), torch.tensor(1)
     benchmark.group = group
     large = inputs[0].numel() > 10**7
-    benchmark.pedantic(lambda: run(next(rotation), seed), rounds=5 if large else 50, warmup_rounds=2 if large else 10)
+    rounds = 100 if not large else 3 if implementation is eager else 20
+    benchmark.pedantic(lambda: run(next(rotation), seed), rounds=rounds, warmup_rounds=1 + rounds // 10)
     moved = inputs[0].nbytes + sum(result.nbytes for result in run(inputs[0], seed))
     rate = moved / benchmark.stats.stats.min
     benchmark.extra_info |= {"GB/s": rate / 1e9, "of copy": rate / copy_rate()}
