@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import torch
 
 try:
-    from robustfast import _C
+    import robustfast._C as _C
 
     _no_extension: str | None = None
 except ImportError as error:
