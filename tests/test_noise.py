@@ -15,7 +15,8 @@ from torch.library import opcheck
 from robustfast import functional as F
 from robustfast.backends import home, ops, why_not
 
-BACKENDS = ["reference", "cpu"]
+# Triton's interpreter has tests of its own, in test_triton.py; on a GPU its kernels and CUDA's run these too.
+BACKENDS = ["reference", "cpu", *(name for name in ("cuda", "triton") if torch.cuda.is_available())]
 COMPILED = [name for name in BACKENDS if name != "reference"]
 HALVES = [torch.float16, torch.bfloat16]
 FLOATING = [torch.float32, torch.float64, *HALVES]
