@@ -6,12 +6,15 @@ import sys
 
 import pytest
 import torch
+from conftest import USABLE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_cases import GOLDEN, assert_close, golden_steps, random_case, run
 
 from robustfast import backends, functional, reference
+from robustfast.backends import home, ops
 
+KERNELS = [name for name in USABLE if name != "reference"]
 WIDE = {torch.float64: 1e-10, torch.float32: 1e-5}
 needs_cpu = pytest.mark.skipif(backends()["cpu"] is not None, reason=str(backends()["cpu"]))
 
@@ -117,7 +120,6 @@ def test_label_dtypes(dtype, backend, device):
     assert_close(run(narrow, backend), run(tensors, backend), 0)
 
 
-@needs_cpu
 @settings(max_examples=150, deadline=None)
 @given(
     n=st.integers(0, 40),
@@ -132,7 +134,7 @@ def test_label_dtypes(dtype, backend, device):
     delta_dist=st.floats(-4, 6),
     seed=st.integers(0, 2**20),
 )
-def test_cpu_is_the_reference(n, dim, classes, present, norm, noise, bias, ignored, label, delta_dist, seed):
+def test_kernels_are_the_reference(n, dim, classes, present, norm, noise, bias, ignored, label, delta_dist, seed):
     tensors = list(random_case(n, dim, classes, dtype=torch.float64, seed=seed))
     generator = torch.Generator().manual_seed(seed)
     ignore_index = 255 if label == torch.uint8 else -1
@@ -141,7 +143,10 @@ def test_cpu_is_the_reference(n, dim, classes, present, norm, noise, bias, ignor
     tensors[2] = target.to(label)
     tensors[1], tensors[4] = tensors[1] if noise else None, tensors[4] if bias else None
     keywords = dict(norm=norm, ignore_index=ignore_index, delta_dist=delta_dist, delta_var=1.0, gamma=0.1, momentum=0.8)
-    assert_close(run(tensors, "cpu", **keywords), run(tensors, "reference", **keywords), 1e-9, absolute=1e-12)
+    expected = run(tensors, "reference", **keywords)
+    for backend in KERNELS:
+        moved = [None if t is None else t.to(home(backend)) for t in tensors]
+        assert_close(run(moved, backend, **keywords), expected, 1e-9, absolute=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -337,19 +342,20 @@ def test_a_backend_that_cannot_run_says_why():
 # The compiled ops themselves.
 
 
-@needs_cpu
 @pytest.mark.parametrize("noise", [True, False])
-def test_opcheck(noise):
-    f, g, target, weight, bias, centroids, seen = random_case(12, 6, 4)
+def test_opcheck(noise, backend, device):
+    if backend == "reference":
+        pytest.skip("the reference registers no ops")
+    f, g, target, weight, bias, centroids, seen = random_case(12, 6, 4, device=device)
     g, bias = (g, bias) if noise else (None, None)
-    ops, scalars = torch.ops.robustfast, (0.5, 3.0, 2, 1.0, 1.0, 0.001, 0.99, True, -100)
+    registered, scalars = ops(backend), (0.5, 3.0, 2, 1.0, 1.0, 0.001, 0.99, True, -100)
     # Rows of the tables that no class takes are not written, so that runs differ there: every class is present here.
-    target = torch.arange(12) % 4
-    torch.library.opcheck(ops.discriminative_loss.default, (f, g, target, weight, bias, centroids, seen, *scalars))
-    _, _, *saved = ops.discriminative_loss(f, g, target, weight, bias, centroids, seen, *scalars)
+    target = torch.arange(12, device=device) % 4
+    torch.library.opcheck(registered.discriminative_loss, (f, g, target, weight, bias, centroids, seen, *scalars))
+    _, _, *saved = registered.discriminative_loss(f, g, target, weight, bias, centroids, seen, *scalars)
     wanted = [True, noise, True, noise]
-    arguments = (torch.tensor(1.0), f, g, weight, bias, *saved, 2, wanted)
-    torch.library.opcheck(ops.discriminative_loss_backward.default, arguments)
+    arguments = (torch.tensor(1.0, device=device), f, g, weight, bias, *saved, 2, wanted)
+    torch.library.opcheck(registered.discriminative_loss_backward, arguments)
 
 
 class Classifier(torch.nn.Module):
