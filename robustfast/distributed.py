@@ -30,12 +30,8 @@ class GatherRows(torch.autograd.Function):
 
 
 def gather_batch(
-    input: Tensor, input_noise: Tensor | None, target: Tensor, ignore_index: int, group: Any
+    input: Tensor, input_noise: Tensor | None, target: Tensor, group: Any
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The global batch, of ranks whose batches have the same size, as in training with ``drop_last``.
-
-    Raises:
-        ValueError: ``ignore_index`` cannot be told apart; ranks' sizes differ (raised by the collective itself).
-    """
+    """The global batch of ranks whose batches have one size, as in training with ``drop_last``."""
     noise = None if input_noise is None else GatherRows.apply(input_noise, group)
     return GatherRows.apply(input, group), noise, GatherRows.apply(target, group)

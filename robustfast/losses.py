@@ -29,7 +29,8 @@ class DiscriminativeLoss(nn.Module):
         momentum: rho, the share of the previous centroid.
         ignore_index: samples with this label count nowhere.
         backend: "auto", or one of :func:`robustfast.backends`.
-        process_group: a torch.distributed group whose ranks' batches count as one batch; None for this rank alone.
+        process_group: a torch.distributed group whose ranks' batches, all of one size, count as one batch, for
+            training with DistributedDataParallel; None for this rank alone.
         return_terms: forward returns :class:`~robustfast.functional.Terms` instead of the scalar loss.
     """
 
@@ -80,9 +81,7 @@ class DiscriminativeLoss(nn.Module):
             The scalar loss, or all of :class:`~robustfast.functional.Terms` where ``return_terms`` holds.
         """
         if self.process_group is not None:
-            input, input_noise, target = distributed.gather_batch(
-                input, input_noise, target, self.ignore_index, self.process_group
-            )
+            input, input_noise, target = distributed.gather_batch(input, input_noise, target, self.process_group)
         terms = functional.discriminative_loss(
             input,
             input_noise,
