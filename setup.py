@@ -46,18 +46,18 @@ def extension():
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
     sources = sorted(glob("csrc/cpu/*.cpp") + glob("csrc/ops/*.cpp"))
+    # Texts are for g++ alone: nvcc hands what it is given to a shell once more.
+    cxx_flags = [*CXX_FLAGS, f'-DRF_TORCH_VERSION="{torch.__version__}"']
     options = {
         "include_dirs": [os.path.abspath("csrc"), pybind11.get_include()],
-        "define_macros": [("RF_TORCH_VERSION", f'"{torch.__version__}"'), ("TORCH_TARGET_VERSION", MINIMUM_TORCH)],
-        "extra_compile_args": {"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+        "define_macros": [("TORCH_TARGET_VERSION", MINIMUM_TORCH)],
+        "extra_compile_args": {"cxx": cxx_flags, "nvcc": NVCC_FLAGS},
         "extra_link_args": ["-s"],
     }
     if wants_cuda():
         architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
-        options["define_macros"] += [
-            ("USE_CUDA", None),
-            ("RF_CUDA_ARCHITECTURES", f'"{architectures.replace(";", " ")}"'),
-        ]
+        options["define_macros"].append(("USE_CUDA", None))
+        cxx_flags.append(f'-DRF_CUDA_ARCHITECTURES="{architectures.replace(";", " ")}"')
         return CUDAExtension("robustfast._C", sources + sorted(glob("csrc/cuda/*.cu")), **options)
     return CppExtension("robustfast._C", [s for s in sources if "cuda" not in os.path.basename(s)], **options)
 
