@@ -51,12 +51,4 @@ RF_INLINE F momentum_gain(bool seen, F momentum) {
   return seen ? F(1) - momentum : F(1);
 }
 
-// An upper bound of the square of ||W_i - W_c|| is no use: this is a lower one, from W_i . W_c, rounding included.
-// `slack` is the relative error of a dot product of D terms.
-template <class F>
-RF_INLINE F distance2_below(F square_i, F square_c, F product, F slack) {
-  const F sum = square_i + square_c;
-  return sum - F(2) * product - slack * sum;
-}
-
 }  // namespace robustfast
