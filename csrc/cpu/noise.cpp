@@ -43,7 +43,7 @@ void philox_words(uint64_t seed, uint64_t sample_id, uint32_t draw, int64_t quad
 namespace robustfast {
 namespace RF_ISA {
 
-constexpr int64_t granule = 16;             // quads made at a time: whole vectors on every instruction set, so that an
+constexpr int64_t granule = 32;             // quads made at a time: whole vectors on every instruction set, so that an
                                             // element's bits do not depend on where in a loop it stands
 constexpr int64_t piece_elements = 1024;    // 4 KiB of noise, and a few times that of operands
 constexpr int64_t thread_elements = 16384;  // less is not worth waking a thread
@@ -74,15 +74,21 @@ RF_INLINE Lanes high(Lanes a) { return Lanes(_mm_shuffle_epi32(__m128i(a), 0xf5)
 
 RF_INLINE Lanes same(uint32_t word) { return Lanes{} + word; }
 
-// philox4x32 of math/philox.h for as many quads as there are lanes.
-RF_INLINE void philox4x32(Lanes (&word)[4], uint32_t key0, uint32_t key1) {
+// Quads are made in `ways` vectors side by side: a round waits for its products, and other vectors fill the time.
+constexpr int64_t ways = RF_VECTOR_BYTES == 64 ? 4 : 2;  // what the registers hold
+
+// philox4x32 of math/philox.h.
+RF_INLINE void philox4x32(Lanes (&word)[4][ways], uint32_t key0, uint32_t key1) {
   for (int round = 0; round < 10; ++round) {
-    const Lanes product0 = multiply(word[0], same(philox_multiplier0));
-    const Lanes product1 = multiply(word[2], same(philox_multiplier1));
-    word[0] = high(product1) ^ word[1] ^ same(key0);
-    word[1] = product1;
-    word[2] = high(product0) ^ word[3] ^ same(key1);
-    word[3] = product0;
+    Lanes product0[ways], product1[ways];
+    for (int64_t k = 0; k < ways; ++k) product0[k] = multiply(word[0][k], same(philox_multiplier0));
+    for (int64_t k = 0; k < ways; ++k) product1[k] = multiply(word[2][k], same(philox_multiplier1));
+    for (int64_t k = 0; k < ways; ++k) {
+      word[0][k] = high(product1[k]) ^ word[1][k] ^ same(key0);
+      word[1][k] = product1[k];
+      word[2][k] = high(product0[k]) ^ word[3][k] ^ same(key1);
+      word[3][k] = product0[k];
+    }
     key0 += philox_weyl0;
     key1 += philox_weyl1;
   }
@@ -95,11 +101,19 @@ struct Granule {
   Granule(uint64_t seed, uint64_t sample_id, uint32_t draw, int64_t quad) {
     Lanes lane = {};
     for (int64_t i = 0; i < lanes; ++i) lane[i] = i;
-    for (int64_t q = 0; q < granule; q += lanes) {
-      Lanes word[4] = {lane + same(quad + q), same(sample_id), same(sample_id >> 32), same(draw)};
+    for (int64_t q = 0; q < granule; q += ways * lanes) {
+      Lanes word[4][ways];
+      for (int64_t k = 0; k < ways; ++k) {
+        word[0][k] = lane + same(quad + q + k * lanes);
+        word[1][k] = same(sample_id);
+        word[2][k] = same(sample_id >> 32);
+        word[3][k] = same(draw);
+      }
       philox4x32(word, seed, seed >> 32);
-      store(word[0], word[2], even + 2 * q);
-      store(word[1], word[3], odd + 2 * q);
+      for (int64_t k = 0; k < ways; ++k) {
+        store(word[0][k], word[2][k], even + 2 * (q + k * lanes));
+        store(word[1][k], word[3][k], odd + 2 * (q + k * lanes));
+      }
     }
   }
 
@@ -110,14 +124,14 @@ struct Granule {
 };
 
 // scale * noise of `quads` quads, and of more up to whole granules.
-template <Pair (*transform)(uint32_t, uint32_t)>
+template <Pair (*transform)(uint32_t, uint32_t, float)>
 void fill(const Noise& noise, uint64_t sample_id, int64_t quad, int64_t quads, float* __restrict out) {
   for (int64_t q = 0; q < quads; q += granule) {
     const Granule words(noise.seed, sample_id, noise.draw, quad + q);
     for (int64_t i = 0; i < 2 * granule; ++i) {
-      const Pair pair = transform(words.even[i], words.odd[i]);
-      out[4 * q + 2 * i] = noise.scale * pair.first;
-      out[4 * q + 2 * i + 1] = noise.scale * pair.second;
+      const Pair pair = transform(words.even[i], words.odd[i], noise.scale);
+      out[4 * q + 2 * i] = pair.first;
+      out[4 * q + 2 * i + 1] = pair.second;
     }
   }
 }
@@ -345,12 +359,14 @@ std::vector<Wide> reciprocals(const float* values, int64_t count) {
   return result;
 }
 
-template <class Wide, class Channel>
-void normalize(int64_t count, const float* __restrict noise, Clip<Wide> clip, const Wide* __restrict x, Channel mean,
-               Channel scale, Wide* __restrict clean, Wide* __restrict noisy) {
+// (x - mean) / std = x scale + shift
+template <class Wide, class T, class Channel>
+void normalize(int64_t count, const float* __restrict noise, Clip<Wide> clip, const T* __restrict x, Channel scale,
+               Channel shift, Wide* __restrict clean, Wide* __restrict noisy) {
   for (int64_t i = 0; i < count; ++i) {
-    clean[i] = (x[i] - mean[i]) * scale[i];
-    noisy[i] = (clip(x[i] + Wide(noise[i])) - mean[i]) * scale[i];
+    const Wide image = widen<Wide>(x[i]);
+    clean[i] = image * scale[i] + shift[i];
+    noisy[i] = clip(image + Wide(noise[i])) * scale[i] + shift[i];
   }
 }
 
@@ -367,19 +383,21 @@ void normalize_backward(int64_t count, const float* __restrict noise, Clip<Wide>
 template <class Wide>
 void noisy_pair_as(const Noise& noise, const Samples& samples, Matrix images, const float* mean, const float* pixel_std,
                    Output clean, Output noisy) {
-  const std::vector<Wide> means(mean, mean + samples.channels), scales = reciprocals<Wide>(pixel_std, samples.channels);
-  const std::vector<Wide> each_mean = interleave(means, samples), each_scale = interleave(scales, samples);
+  const std::vector<Wide> scales = reciprocals<Wide>(pixel_std, samples.channels);
+  std::vector<Wide> shifts(samples.channels);
+  for (int64_t c = 0; c < samples.channels; ++c) shifts[c] = -Wide(mean[c]) * scales[c];
+  const std::vector<Wide> each_scale = interleave(scales, samples), each_shift = interleave(shifts, samples);
   for_each_piece<Wide>(noise, samples, [&](const Piece<Wide>& piece) {
-    const Wide* x = load(piece, images, piece.space[0]);
     Wide *first = place(piece, clean, piece.space[1]), *second = place(piece, noisy, piece.space[2]);
-    const auto run = [&](auto mean, auto scale) {
-      normalize(piece.count, piece.noise, Clip<Wide>(noise), x, mean, scale, first, second);
+    const auto run = [&](auto* x) {
+      const auto run_with = [&](auto scale, auto shift) {
+        normalize(piece.count, piece.noise, Clip<Wide>(noise), x, scale, shift, first, second);
+      };
+      samples.channels_last ? run_with(each_scale.data(), each_shift.data())
+                            : run_with(Same<Wide>{scales[piece.channel]}, Same<Wide>{shifts[piece.channel]});
     };
-    if (samples.channels_last) {
-      run(each_mean.data(), each_scale.data());
-    } else {
-      run(Same<Wide>{means[piece.channel]}, Same<Wide>{scales[piece.channel]});
-    }
+    images.dtype == Dtype::uint8 ? run(images.row<uint8_t>(piece.sample) + piece.first)
+                                 : run(load(piece, images, piece.space[0]));
     store(piece, first, clean);
     store(piece, second, noisy);
   });

@@ -92,10 +92,11 @@ RF_DEVICE void quad_noise(const Noise& noise, uint64_t sample_id, uint32_t quad,
   const Words words = philox4x32({quad, uint32_t(sample_id), uint32_t(sample_id >> 32), noise.draw}, uint32_t(seed),
                                  uint32_t(seed >> 32));
   const bool gaussian = noise.distribution == Distribution::gaussian;
-  const Pair first = gaussian ? box_muller(words.w0, words.w1) : uniform_pair(words.w0, words.w1);
-  const Pair second = gaussian ? box_muller(words.w2, words.w3) : uniform_pair(words.w2, words.w3);
-  value[0] = noise.scale * first.first, value[1] = noise.scale * first.second;
-  value[2] = noise.scale * second.first, value[3] = noise.scale * second.second;
+  const Pair first =
+      gaussian ? box_muller(words.w0, words.w1, noise.scale) : uniform_pair(words.w0, words.w1, noise.scale);
+  const Pair second =
+      gaussian ? box_muller(words.w2, words.w3, noise.scale) : uniform_pair(words.w2, words.w3, noise.scale);
+  value[0] = first.first, value[1] = first.second, value[2] = second.first, value[3] = second.second;
 }
 
 RF_DEVICE uint64_t id_of(const Noise& noise, int64_t sample) {

@@ -13,11 +13,13 @@ struct Pair {
   float first, second;
 };
 
-// -ln(u), normal u > 0; exactly 0 at 1, and relatively accurate near it. ln(1 + z) = z + z^2 P(z), error 3e-8.
-RF_INLINE float minus_log(float u) {
+// -ln(n 2^-24) for whole n in [1, 2^24]; exactly 0 at the end, and relatively accurate near it.
+// ln(1 + z) = z + z^2 P(z), error 3e-8.
+RF_INLINE float minus_log(float n) {
   const uint32_t sqrt_half = 0x3f3504f3;
-  const uint32_t scaled = bit_cast<uint32_t>(u) - sqrt_half;  // u = 2^exponent (1 + z), 1 + z in [sqrt(1/2), sqrt(2))
-  const float exponent = float(int32_t(scaled) >> 23);
+  // n 2^-24 = 2^exponent (1 + z), 1 + z in [sqrt(1/2), sqrt(2)); the exponent stays where a float has it.
+  const uint32_t scaled = bit_cast<uint32_t>(n) - sqrt_half - (24u << 23);
+  const float exponent = float(int32_t(scaled & 0xff800000));
   const float z = bit_cast<float>((scaled & 0x7fffff) + sqrt_half) - 1.0f;
   float p = 0x1.6fcd44p-4f;
   p = p * z - 0x1.27766ap-3f;
@@ -27,22 +29,7 @@ RF_INLINE float minus_log(float u) {
   p = p * z - 0x1.0006c6p-2f;
   p = p * z + 0x1.5556e8p-2f;
   p = p * z - 0x1.fffff4p-2f;
-  return -(p * (z * z) + z) - exponent * 0x1.62e430p-1f;
-}
-
-// sin(2 pi r), |r| <= 1/4: error 5e-9; on a GPU its own sine, error 2^-21 absolute.
-RF_INLINE float sin_turns(float r) {
-#if defined(__CUDA_ARCH__)
-  return __sinf(6.283185307f * r);
-#else
-  const float square = r * r;
-  float p = 39.710918103812375f;
-  p = p * square - 76.57499217700891f;
-  p = p * square + 81.60223124253571f;
-  p = p * square - 41.341677478389755f;
-  p = p * square + 6.283185273790805f;
-  return p * r;
-#endif
+  return -(p * (z * z) + z) - exponent * 0x1.62e430p-24f;
 }
 
 RF_INLINE float root(float x) {
@@ -55,19 +42,41 @@ RF_INLINE float root(float x) {
 #endif
 }
 
-// sqrt(-2 ln u) (cos 2 pi v, sin 2 pi v), u = ((w0 >> 8) + 1) 2^-24, v = (w1 >> 8) 2^-24; within 1.2e-6 of that.
-RF_INLINE Pair box_muller(uint32_t w0, uint32_t w1) {
-  const float radius = root(2.0f * minus_log(float(int32_t(w0 >> 8) + 1) * 0x1p-24f));
-  // v = half / 2 + r modulo 1, half = 0 or 1, |r| <= 1/4: no rounding, and half a turn changes both signs.
-  const float r = float(int32_t((w1 & 0xffffff00u) << 1)) * 0x1p-33f;
-  const uint32_t sign = (w1 + 0x40000000u) & 0x80000000u;
-  const float signed_radius = bit_cast<float>(bit_cast<uint32_t>(radius) ^ sign);
-  return {signed_radius * sin_turns(0.25f - fabsf(r)), signed_radius * sin_turns(r)};
+// cos and sin of pi r, |r| <= 1/2: errors 6e-8 and 8e-9 absolute; on a GPU its own, 2^-21.
+RF_INLINE Pair cos_sin(float r) {
+#if defined(__CUDA_ARCH__)
+  return {__cosf(3.141592654f * r), __sinf(3.141592654f * r)};
+#else
+  const float square = r * r;
+  float c = 0x1.c02a34p-3f;
+  c = c * square - 0x1.54dca0p+0f;
+  c = c * square + 0x1.03bc26p+2f;
+  c = c * square - 0x1.3bd39cp+2f;
+  c = c * square + 0x1.fffffep-1f;
+  float s = 0x1.3911f8p-4f;
+  s = s * square - 0x1.31fbf0p-1f;
+  s = s * square + 0x1.466504p+1f;
+  s = s * square - 0x1.4abba2p+2f;
+  s = s * square + 0x1.921fb4p+1f;
+  return {c, s * r};
+#endif
+}
+
+// scale sqrt(-2 ln u) (cos 2 pi v, sin 2 pi v), u = ((w0 >> 8) + 1) 2^-24, v = (w1 >> 8) 2^-24; within 1.4e-6 scale.
+RF_INLINE Pair box_muller(uint32_t w0, uint32_t w1, float scale) {
+  const float radius = root(minus_log(float(int32_t(w0 >> 8) + 1))) * (1.41421356f * scale);
+  // 2 v = half + 1/2 + r, half = 0 or 1, |r| <= 1/2, without rounding. Half a turn changes both signs, a quarter makes
+  // cosines of sines. The bits of 3/2 + r are those of w1, between 1 and 2.
+  const float signed_radius = bit_cast<float>(bit_cast<uint32_t>(radius) ^ (w1 & 0x80000000u));
+  const Pair turned = cos_sin(bit_cast<float>((w1 >> 8 & 0x7fffff) | 0x3f800000) - 1.5f);
+  return {signed_radius * -turned.second, signed_radius * turned.first};
 }
 
 // Two uniforms on (-1, 1): 2 ((w >> 8) + 0.5) 2^-24 - 1, without rounding.
 RF_INLINE float uniform(uint32_t word) { return (float(int32_t(word >> 8) - 0x800000) + 0.5f) * 0x1p-23f; }
 
-RF_INLINE Pair uniform_pair(uint32_t w0, uint32_t w1) { return {uniform(w0), uniform(w1)}; }
+RF_INLINE Pair uniform_pair(uint32_t w0, uint32_t w1, float scale) {
+  return {scale * uniform(w0), scale * uniform(w1)};
+}
 
 }  // namespace robustfast
