@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from functools import cache
 from types import SimpleNamespace
 
@@ -52,11 +53,27 @@ def why_not(name: str) -> str | None:
     if _no_extension is not None:
         return f"{_no_extension}; build it with: pip install --no-build-isolation ."
     if name == "cuda":
-        if not _C.build_info()["cuda_architectures"]:
+        architectures = _C.build_info()["cuda_architectures"]
+        if not architectures:
             return "the extension was built without CUDA; build it again with ROBUSTFAST_BUILD_CUDA=1"
         if not torch.cuda.is_available():
             return "no GPU is visible to PyTorch"
+        major, minor = torch.cuda.get_device_capability()
+        if not any(has_code_for(architecture, (major, minor)) for architecture in architectures):
+            built = ", ".join(architectures)
+            return f"the extension was built for {built}; build it again with TORCH_CUDA_ARCH_LIST={major}.{minor}"
     return None
+
+
+def has_code_for(architecture: str, capability: tuple[int, int]) -> bool:
+    """Whether an entry of TORCH_CUDA_ARCH_LIST, such as 8.0, 9.0a or 10.0+PTX, runs on a GPU of this capability."""
+    entry = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", architecture)
+    if entry is None:
+        return True  # a name: PyTorch knows what it stands for
+    compiled = int(entry[1]), int(entry[2])
+    if entry[3]:  # features that other GPUs, later ones too, do not promise
+        return capability == compiled
+    return capability >= compiled and (entry[4] is not None or capability[0] == compiled[0])
 
 
 def resolve(backend: str, device_type: str, op: str) -> str:

@@ -13,6 +13,7 @@ from loss_cases import random_case
 
 import robustfast
 from robustfast import DiscriminativeLoss
+from robustfast.backends import has_code_for
 from robustfast.compat import DiscriminativeLoss_forcing
 
 
@@ -24,6 +25,22 @@ def batch_and_head(device="cpu", dtype=torch.float32):
 @pytest.fixture
 def loss(backend, device):
     return DiscriminativeLoss(7, 12, backend=backend).to(device)
+
+
+@pytest.mark.parametrize(
+    "architecture, runs_on",
+    [
+        ("8.0", [(8, 0), (8, 6), (8, 9)]),
+        ("8.6", [(8, 6), (8, 9)]),
+        ("9.0a", [(9, 0)]),
+        ("9.0+PTX", [(9, 0), (10, 0), (12, 0)]),
+        ("10.0a+PTX", [(10, 0)]),
+    ],
+)
+def test_code_for_an_architecture(architecture, runs_on):
+    capabilities = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
+    assert [c for c in capabilities if has_code_for(architecture, c)] == runs_on
+    assert has_code_for("Hopper", (9, 0))
 
 
 def test_published_signature():

@@ -21,6 +21,8 @@ COMPILED = [name for name in BACKENDS if name != "reference"]
 HALVES = [torch.float16, torch.bfloat16]
 FLOATING = [torch.float32, torch.float64, *HALVES]
 NOISES = [F.gaussian_noise, F.uniform_noise]
+# How far normals are from exact ones: GPUs' own logarithm, sine and cosine err by up to 2^-21.
+NORMALS_WITHIN = {"reference": 2e-6, "cpu": 2e-6, "cuda": 4e-6, "triton": 4e-6}
 MEAN, PIXEL_STD = (0.49, 0.48, 0.45), (0.2, 0.25, 0.3)
 NORMALIZATION = {"mean": MEAN, "pixel_std": PIXEL_STD}
 # Planes of several pieces and a rest that is no multiple of a quad; small planes; many channels.
@@ -123,7 +125,9 @@ def test_many_words_equal_the_reference(backend):
 def test_normals(backend):
     words = F.philox_words(11, 0, 3, 250_000, backend=backend)
     normals = pure(F.gaussian_noise, (1, 1_000_000), seed=11, draw=3, backend=backend)
-    torch.testing.assert_close(normals.double(), box_muller(words).view(1, -1), rtol=0, atol=2e-6)
+    torch.testing.assert_close(
+        normals.double(), box_muller(words).view(1, -1), rtol=0, atol=NORMALS_WITHIN[backend]
+    )
 
 
 @every_backend
@@ -271,7 +275,8 @@ def test_noise_is_the_same_in_every_dtype(noise, dtype, backend):
 def test_noise_equals_the_reference(noise, shape, backend):
     x = torch.rand(shape, device=home(backend))
     expected = noise(x, 0.3, seed=21, draw=4, backend="reference")
-    torch.testing.assert_close(noise(x, 0.3, seed=21, draw=4, backend=backend), expected, rtol=0, atol=1e-6)
+    actual = noise(x, 0.3, seed=21, draw=4, backend=backend)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0.5 * NORMALS_WITHIN[backend])
 
 
 @every_compiled
@@ -286,7 +291,7 @@ def test_any_shape_and_order_of_dimensions(backend, data):
     x = x[..., ::step]
     noisy = F.gaussian_noise(x, 0.3, seed=21, backend=backend)
     expected = F.gaussian_noise(x.contiguous(), 0.3, seed=21, backend="reference")
-    torch.testing.assert_close(noisy, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(noisy, expected, rtol=0, atol=0.5 * NORMALS_WITHIN[backend])
     assert noisy.stride() == torch.empty_like(x).stride()
 
 

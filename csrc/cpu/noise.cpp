@@ -138,7 +138,7 @@ void fill(const Noise& noise, uint64_t sample_id, int64_t quad, int64_t quads, f
 
 inline void fill(const Noise& noise, uint64_t sample_id, int64_t quad, int64_t quads, float* out) {
   if (noise.distribution == Distribution::gaussian) {
-    fill<box_muller>(noise, sample_id, quad, quads, out);
+    fill<box_muller<Polynomials> >(noise, sample_id, quad, quads, out);
   } else {
     fill<uniform_pair>(noise, sample_id, quad, quads, out);
   }

@@ -45,6 +45,61 @@ RF_DEVICE void store16_once(void* to, Vector16 value) {
   __stcs(static_cast<uint4*>(to), make_uint4(value.word[0], value.word[1], value.word[2], value.word[3]));
 }
 
+// Approximations in one instruction, for x of the size that normals need; errors as in the PTX manual.
+RF_DEVICE float log2_approx(float x) {  // 0 < x <= 1: 2^-22, relative where that is more
+  float value;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
+  return value;
+}
+RF_DEVICE float sqrt_approx(float x) {  // relative 2^-23
+  float value;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
+  return value;
+}
+RF_DEVICE float sin_approx(float x) {  // |x| <= pi: 2^-20.9
+  float value;
+  asm("sin.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
+  return value;
+}
+RF_DEVICE float cos_approx(float x) {
+  float value;
+  asm("cos.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
+  return value;
+}
+
+// 2^23 + x as a float, x the byte `at` of a word, by its bits.
+RF_DEVICE float float_of_byte(uint32_t word, int at) {
+  return bit_cast<float>(__byte_perm(word, 0x4b000000, 0x7650 | at));
+}
+
+// Sums and products whose rounding does not depend on what the compiler makes of the code around them.
+RF_DEVICE float rounded_sum(float a, float b) { return __fadd_rn(a, b); }
+RF_DEVICE double rounded_sum(double a, double b) { return __dadd_rn(a, b); }
+RF_DEVICE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }  // a b + c, rounded once
+RF_DEVICE double fused(double a, double b, double c) { return __fma_rn(a, b, c); }
+
+// 1 / x of normal x to the last bit or so; a division branches for the others.
+RF_DEVICE float reciprocal(float x) {
+  float value;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
+  return fused(value, fused(-x, value, 1.0f), value);
+}
+RF_DEVICE double reciprocal(double x) { return 1 / x; }
+
+// The smaller and the larger of two; nan if one is.
+RF_DEVICE float min_nan(float a, float b) {
+  float value;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(value) : "f"(a), "f"(b));
+  return value;
+}
+RF_DEVICE float max_nan(float a, float b) {
+  float value;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(value) : "f"(a), "f"(b));
+  return value;
+}
+RF_DEVICE double min_nan(double a, double b) { return a > b ? b : a; }  // b is a number
+RF_DEVICE double max_nan(double a, double b) { return a < b ? b : a; }
+
 // Makes the compiler compute what follows from a value again, where it would keep results and run out of registers.
 template <class T>
 RF_DEVICE void recompute_from(T& value) {
@@ -81,14 +136,19 @@ RF_DEVICE void multiply_add(float (&sum)[4], const uint32_t (&a)[4], const uint3
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Launches on a stream of the current device; `shared_bytes` may pass the 48 KiB that need no permission.
+// What a kernel may ask for at a launch, beside up to 3 KiB of its own: the most that every architecture has.
+constexpr size_t most_shared_bytes = 96 * 1024;
+
+// Launches on a stream of the current device.
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, unsigned block, size_t shared_bytes, cudaStream_t stream,
                    const Arguments&... arguments) {
-  if (shared_bytes > 48 * 1024) {
+  // 48 KiB, with what is the kernel's own, need no permission. What is asked for is the same each time: a launch from
+  // another thread may come between these two.
+  if (shared_bytes > 32 * 1024) {
     const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
-    if (error != cudaSuccess) return error;
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(most_shared_bytes));
+    if (error != cudaSuccess) return cudaGetLastError();
   }
   kernel<<<grid, block, shared_bytes, stream>>>(arguments...);
   return cudaGetLastError();

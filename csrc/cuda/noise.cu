@@ -5,72 +5,80 @@
 
 #include "cuda/device.cuh"
 #include "cuda/kernels.h"
-#include "math/normal.h"
+#include "cuda/normal.cuh"
+#include "math/divide.h"
 
 namespace robustfast::cuda {
 namespace {
 
 constexpr int noise_threads = 256;
+constexpr int64_t max_groups = int64_t(1) << 30;  // what indices of 32 bits count, and threads past the end
+constexpr Distribution gaussian = Distribution::gaussian, uniform = Distribution::uniform;
 
 // ---- what is computed of an element ----
 
 template <class Wide>
 struct Clip {
   Wide low, high;
-  RF_DEVICE Wide operator()(Wide x) const {  // nan passes
-    x = x < low ? low : x;
-    return x > high ? high : x;
-  }
+  RF_DEVICE Wide operator()(Wide x) const { return min_nan(max_nan(x, low), high); }  // nan passes
   RF_DEVICE bool passes(Wide x) const { return low <= x && x <= high; }
 };
 
-// An op: from the noise and the inputs of an element to its outputs. `Channel` is what it knows of a channel.
-template <class F>
+// An op: from the noise (of which distribution) and the inputs of an element to its outputs. `Channel` is what it knows
+// of a channel.
+template <class F, Distribution of>
 struct Add {
   using Wide = F;
+  static constexpr Distribution distribution = of;
   static constexpr int inputs = 1, outputs = 1;
   Clip<Wide> clip;
 
   struct Channel {};
   RF_DEVICE Channel channel(int64_t) const { return {}; }
   RF_DEVICE void operator()(Channel, Wide noise, const Wide (&in)[inputs], Wide (&out)[outputs]) const {
-    out[0] = clip(in[0] + noise);
+    out[0] = clip(rounded_sum(in[0], noise));
   }
 };
 
-template <class F>
+template <class F, Distribution of>
 struct AddBackward {
   using Wide = F;
+  static constexpr Distribution distribution = of;
   static constexpr int inputs = 2, outputs = 1;  // grad, input
   Clip<Wide> clip;
 
   struct Channel {};
   RF_DEVICE Channel channel(int64_t) const { return {}; }
   RF_DEVICE void operator()(Channel, Wide noise, const Wide (&in)[inputs], Wide (&out)[outputs]) const {
-    out[0] = clip.passes(in[1] + noise) ? in[0] : Wide(0);
+    out[0] = clip.passes(rounded_sum(in[1], noise)) ? in[0] : Wide(0);
   }
 };
 
 template <class F>
 struct NormalizedPair {
   using Wide = F;
+  static constexpr Distribution distribution = gaussian;
   static constexpr int inputs = 1, outputs = 2;  // images; clean, noisy
   Clip<Wide> clip;
   const float *mean, *pixel_std;
 
-  struct Channel {
-    Wide mean, scale;
+  struct Channel {  // (x - mean) / std = x scale + shift
+    Wide scale, shift;
   };
-  RF_DEVICE Channel channel(int64_t c) const { return {Wide(mean[c]), Wide(1) / Wide(pixel_std[c])}; }
+  RF_DEVICE Channel channel(int64_t c) const {
+    const Wide scale = reciprocal(Wide(pixel_std[c]));
+    return {scale, -Wide(mean[c]) * scale};
+  }
   RF_DEVICE void operator()(Channel c, Wide noise, const Wide (&in)[inputs], Wide (&out)[outputs]) const {
-    out[0] = (in[0] - c.mean) * c.scale;
-    out[1] = (clip(in[0] + noise) - c.mean) * c.scale;
+    out[0] = fused(in[0], c.scale, c.shift);
+    out[1] = fused(clip(rounded_sum(in[0], noise)), c.scale, c.shift);
   }
 };
 
 template <class F>
 struct NormalizedPairBackward {
   using Wide = F;
+  static constexpr Distribution distribution = gaussian;
   static constexpr int inputs = 3, outputs = 1;  // grad_clean, grad_noisy, images
   Clip<Wide> clip;
   const float* pixel_std;
@@ -78,24 +86,26 @@ struct NormalizedPairBackward {
   struct Channel {
     Wide scale;
   };
-  RF_DEVICE Channel channel(int64_t c) const { return {Wide(1) / Wide(pixel_std[c])}; }
+  RF_DEVICE Channel channel(int64_t c) const { return {reciprocal(Wide(pixel_std[c]))}; }
   RF_DEVICE void operator()(Channel c, Wide noise, const Wide (&in)[inputs], Wide (&out)[outputs]) const {
-    out[0] = (in[0] + (clip.passes(in[2] + noise) ? in[1] : Wide(0))) * c.scale;
+    out[0] = (in[0] + (clip.passes(rounded_sum(in[2], noise)) ? in[1] : Wide(0))) * c.scale;
   }
 };
 
 // ---- the noise of an element ----
 
+template <Distribution distribution>
+RF_DEVICE Pair transform(uint32_t w0, uint32_t w1, float scale) {
+  return distribution == gaussian ? box_muller<Approximations>(w0, w1, scale) : uniform_pair(w0, w1, scale);
+}
+
 // Four numbers, times the scale: those of elements 4 quad ... 4 quad + 3 of a sample.
-RF_DEVICE void quad_noise(const Noise& noise, uint64_t sample_id, uint32_t quad, float (&value)[4]) {
-  const uint64_t seed = uint64_t(*noise.seed);
+template <Distribution distribution>
+RF_DEVICE void quad_noise(const Noise& noise, uint64_t seed, uint64_t sample_id, uint32_t quad, float (&value)[4]) {
   const Words words = philox4x32({quad, uint32_t(sample_id), uint32_t(sample_id >> 32), noise.draw}, uint32_t(seed),
                                  uint32_t(seed >> 32));
-  const bool gaussian = noise.distribution == Distribution::gaussian;
-  const Pair first =
-      gaussian ? box_muller(words.w0, words.w1, noise.scale) : uniform_pair(words.w0, words.w1, noise.scale);
-  const Pair second =
-      gaussian ? box_muller(words.w2, words.w3, noise.scale) : uniform_pair(words.w2, words.w3, noise.scale);
+  const Pair first = transform<distribution>(words.w0, words.w1, noise.scale);
+  const Pair second = transform<distribution>(words.w2, words.w3, noise.scale);
   value[0] = first.first, value[1] = first.second, value[2] = second.first, value[3] = second.second;
 }
 
@@ -105,11 +115,11 @@ RF_DEVICE uint64_t id_of(const Noise& noise, int64_t sample) {
 
 template <class Wide, class T>
 RF_DEVICE Wide widen(T x) {
-  if constexpr (std::is_same_v<T, uint8_t>) {
-    return Wide(x) / 255;
-  } else {
-    return Wide(to_float(x));
-  }
+  return Wide(to_float(x));
+}
+template <class Wide>
+RF_DEVICE Wide widen(uint8_t x) {
+  return Wide(x) * (Wide(1) / 255);
 }
 
 // ---- operands ----
@@ -148,56 +158,110 @@ struct Elements {
     RF_UNROLL
     for (int w = 0; w < words; ++w) store16_once(to + w * (16 / sizeof(T)), word[w]);
   }
+
+  template <class Wide>
+  RF_DEVICE Wide widened(int at) const {
+    if constexpr (std::is_same_v<T, uint8_t> && std::is_same_v<Wide, float>) {
+      uint32_t word;
+      memcpy(&word, value + at / 4 * 4, 4);
+      // float_of_byte(x) is 2^23 + x, and what is taken off is exact: x / 255 is rounded once. Conversions are slower.
+      return fused(float_of_byte(word, at % 4), 1.0f / 255, -0x1p23f * (1.0f / 255));
+    } else {
+      return widen<Wide>(value[at]);
+    }
+  }
 };
 
 // ---- whole groups: every operand dense and aligned ----
 
-// Elements of a channel that a thread takes: a whole number of quads, and of 16-byte words of the output.
+// Neighbours of a channel that a thread takes: a whole number of quads, and of 16-byte words of the output.
 template <class Out>
 constexpr int group_size = 16 / sizeof(Out) > 4 ? 16 / sizeof(Out) : 4;
 
-// One group per thread: `size` elements of a plane, or of each of `interleaved` planes. A sample has `parts` blocks.
-template <class Op, class In, class Out, int interleaved>
-__global__ void __launch_bounds__(noise_threads, interleaved == 1 && sizeof(typename Op::Wide) == 4 ? 3 : 2)
-    groups_kernel(const Op op, const Noise noise, const Samples samples, const Operands<Op> operands, unsigned parts) {
-  using Wide = typename Op::Wide;
-  constexpr int size = group_size<Out>, count = interleaved * size;
-  const int64_t sample = blockIdx.x / parts;
-  const uint32_t group = blockIdx.x % parts * noise_threads + threadIdx.x, groups_of_plane = samples.plane / size;
-  if (group >= groups_of_plane * (samples.channels / interleaved)) return;
-  const uint32_t channel = group / groups_of_plane;  // 0 where channels are interleaved
-  const int64_t pixel = int64_t(group % groups_of_plane) * size;
-  const int64_t first = channel * samples.plane + pixel * interleaved;
+// Groups that a thread takes, a block's width apart: they share what Philox makes of the key.
+template <class Out, int interleaved>
+constexpr int group_rounds = interleaved == 1 && sizeof(Out) < 8 ? 16 / group_size<Out> : 1;
 
-  Elements<In, count> in[Op::inputs];
-  RF_UNROLL
-  for (int k = 0; k < Op::inputs; ++k) {
-    in[k].load(static_cast<const In*>(operands.in[k].data) + sample * operands.in[k].stride + first);
-  }
-  const uint64_t id = id_of(noise, sample);
-  Elements<Out, count> out[Op::outputs];
+// The groups of a batch, in the order of memory: `of_plane` of them in each plane, or in each `interleaved` planes, of
+// which a sample has `planes`.
+struct Groups {
+  uint32_t count;
+  Divider of_plane, planes;
+};
+
+// A group's sample by its id, its channel (the first one) and the first of its quads in that.
+struct Place {
+  uint64_t id;
+  uint32_t channel, quad;
+};
+
+template <int size, int interleaved>
+RF_DEVICE Place place_of(uint32_t group, const Groups& groups, const Noise& noise) {
+  const uint32_t plane = groups.of_plane.divide(group), sample = groups.planes.divide(plane);
+  const uint32_t channel = (plane - sample * groups.planes.divisor) * interleaved;  // 0 where they are interleaved
+  return {id_of(noise, sample), channel, (group - plane * groups.of_plane.divisor) * (size / 4)};
+}
+
+template <class Op, class In, class Out, int interleaved>
+RF_DEVICE void compute_group(const Op& op, const Noise& noise, uint64_t seed, const Place& place,
+                             uint32_t quads_of_plane,
+                             const Elements<In, interleaved * group_size<Out>> (&in)[Op::inputs],
+                             Elements<Out, interleaved * group_size<Out>> (&out)[Op::outputs]) {
+  using Wide = typename Op::Wide;
   RF_UNROLL
   for (int c = 0; c < interleaved; ++c) {
-    const typename Op::Channel of_channel = op.channel(channel + c);
+    const typename Op::Channel channel = op.channel(place.channel + c);
+    const uint32_t first_quad = (place.channel + c) * quads_of_plane + place.quad;
     RF_UNROLL
-    for (int quad = 0; quad < size; quad += 4) {
+    for (int quad = 0; quad < group_size<Out> / 4; ++quad) {
       float values[4];
-      quad_noise(noise, id, uint32_t(((channel + c) * samples.plane + pixel + quad) / 4), values);
+      quad_noise<Op::distribution>(noise, seed, place.id, first_quad + quad, values);
       RF_UNROLL
       for (int k = 0; k < 4; ++k) {
-        const int at = (quad + k) * interleaved + c;
+        const int at = (4 * quad + k) * interleaved + c;
         Wide from[Op::inputs], to[Op::outputs];
         RF_UNROLL
-        for (int i = 0; i < Op::inputs; ++i) from[i] = widen<Wide>(in[i].value[at]);
-        op(of_channel, Wide(values[k]), from, to);
+        for (int i = 0; i < Op::inputs; ++i) from[i] = in[i].template widened<Wide>(at);
+        op(channel, Wide(values[k]), from, to);
         RF_UNROLL
         for (int o = 0; o < Op::outputs; ++o) out[o].value[at] = from_float<Out>(to[o]);
       }
     }
   }
+}
+
+template <class Op, class In, class Out, int interleaved>
+__global__ void __launch_bounds__(noise_threads, interleaved == 1 && sizeof(typename Op::Wide) == 4 ? 3 : 2)
+    groups_kernel(const Op op, const Noise noise, const Operands<Op> operands, const Groups groups) {
+  constexpr int size = group_size<Out>, count = interleaved * size, rounds = group_rounds<Out, interleaved>;
+  const uint64_t seed = uint64_t(*noise.seed);
+  const uint32_t begin = blockIdx.x * (noise_threads * rounds) + threadIdx.x;
+  uint32_t group[rounds];
+  Place places[rounds];
+  Elements<In, count> in[rounds][Op::inputs];
   RF_UNROLL
-  for (int o = 0; o < Op::outputs; ++o) {
-    out[o].store(static_cast<Out*>(operands.out[o].data) + sample * operands.out[o].stride + first);
+  for (int r = 0; r < rounds; ++r) {  // past the end the last group is computed again, so that nothing branches
+    const uint32_t wanted = begin + r * noise_threads;
+    group[r] = wanted < groups.count ? wanted : groups.count - 1;
+    places[r] = place_of<size, interleaved>(group[r], groups, noise);
+    RF_UNROLL
+    for (int k = 0; k < Op::inputs; ++k) {
+      in[r][k].load(static_cast<const In*>(operands.in[k].data) + int64_t(group[r]) * count);
+    }
+  }
+  Elements<Out, count> out[rounds][Op::outputs];
+  RF_UNROLL
+  for (int r = 0; r < rounds; ++r) {
+    compute_group<Op, In, Out, interleaved>(op, noise, seed, places[r], groups.of_plane.divisor * (size / 4), in[r],
+                                            out[r]);
+  }
+  RF_UNROLL
+  for (int r = 0; r < rounds; ++r) {
+    if (begin + r * noise_threads >= groups.count) return;
+    RF_UNROLL
+    for (int o = 0; o < Op::outputs; ++o) {
+      out[r][o].store(static_cast<Out*>(operands.out[o].data) + int64_t(group[r]) * count);
+    }
   }
 }
 
@@ -238,13 +302,14 @@ RF_DEVICE void store_any(const Output& to, int64_t at, Wide value) {
 
 template <class Op>
 __global__ void __launch_bounds__(noise_threads, 3)
-    quads_kernel(const Op op, const Noise noise, const Samples samples, const Operands<Op> operands, unsigned parts) {
+    quads_kernel(const Op op, const Noise noise, const Samples samples, const Operands<Op> operands) {
   using Wide = typename Op::Wide;
-  const int64_t sample = blockIdx.x / parts, size = samples.channels * samples.plane;
-  const int64_t quad = int64_t(blockIdx.x % parts) * noise_threads + threadIdx.x;
-  if (4 * quad >= size) return;
+  const int64_t size = samples.channels * samples.plane, quads = (size + 3) / 4;  // of a sample
+  const int64_t thread = int64_t(blockIdx.x) * noise_threads + threadIdx.x;
+  const int64_t sample = thread / quads, quad = thread - sample * quads;
+  if (sample >= samples.count) return;
   float values[4];
-  quad_noise(noise, id_of(noise, sample), uint32_t(quad), values);
+  quad_noise<Op::distribution>(noise, uint64_t(*noise.seed), id_of(noise, sample), uint32_t(quad), values);
   RF_UNROLL
   for (int k = 0; k < 4; ++k) {
     const int64_t e = 4 * quad + k;
@@ -275,18 +340,18 @@ __global__ void __launch_bounds__(noise_threads)
 
 // ---- launches ----
 
-bool aligned(const void* data, int64_t stride, int64_t element_bytes) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * element_bytes % 16 == 0;
+// Whether an operand is one dense, aligned piece of memory.
+bool whole(const void* data, int64_t stride, const Samples& s) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && (stride == s.channels * s.plane || s.count == 1);
 }
 
-// Whether all operands have these dtypes and samples that begin at a 16-byte boundary.
-template <class Op, class In, class Out>
-bool are(const Operands<Op>& operands, Dtype in, Dtype out) {
+template <class Op>
+bool are(const Operands<Op>& operands, Dtype in, Dtype out, const Samples& s) {
   for (const Matrix& m : operands.in) {
-    if (m.dtype != in || !aligned(m.data, m.stride, sizeof(In))) return false;
+    if (m.dtype != in || !whole(m.data, m.stride, s)) return false;
   }
   for (const Output& o : operands.out) {
-    if (o.dtype != out || !aligned(o.data, o.stride, sizeof(Out))) return false;
+    if (o.dtype != out || !whole(o.data, o.stride, s)) return false;
   }
   return true;
 }
@@ -296,9 +361,11 @@ unsigned blocks_of(int64_t threads) { return unsigned((threads + noise_threads -
 template <class Op, class In, class Out, int interleaved>
 cudaError_t launch_groups(const Op& op, const Noise& noise, const Samples& s, const Operands<Op>& operands,
                           cudaStream_t stream) {
-  const unsigned parts = blocks_of(s.plane / group_size<Out> * (s.channels / interleaved));
-  return launch(groups_kernel<Op, In, Out, interleaved>, unsigned(s.count * parts), noise_threads, 0, stream, op, noise,
-                s, operands, parts);
+  const Divider of_plane{uint32_t(s.plane / group_size<Out>)}, planes{uint32_t(s.channels / interleaved)};
+  const Groups groups{uint32_t(s.count * planes.divisor * of_plane.divisor), of_plane, planes};
+  const int64_t threads = (int64_t(groups.count) + group_rounds<Out, interleaved> - 1) / group_rounds<Out, interleaved>;
+  return launch(groups_kernel<Op, In, Out, interleaved>, blocks_of(threads), noise_threads, 0, stream, op, noise,
+                operands, groups);
 }
 
 // Runs the op on whole groups if its operands are In and Out and their layout allows that; false if not.
@@ -306,7 +373,8 @@ template <class In, class Out, class Op>
 bool try_groups(Dtype in, Dtype out, const Op& op, const Noise& noise, const Samples& s, const Operands<Op>& operands,
                 cudaStream_t stream, cudaError_t& error) {
   const int64_t interleaved = s.channels_last ? s.channels : 1;
-  if (!are<Op, In, Out>(operands, in, out) || s.plane % group_size<Out> != 0) return false;
+  if (!are(operands, in, out, s) || s.plane % group_size<Out> != 0) return false;
+  if (s.count * s.channels * (s.plane / group_size<Out>) > max_groups) return false;
   if (interleaved == 1) {
     error = launch_groups<Op, In, Out, 1>(op, noise, s, operands, stream);
   } else if (interleaved == 3) {
@@ -320,8 +388,8 @@ bool try_groups(Dtype in, Dtype out, const Op& op, const Noise& noise, const Sam
 template <class Op>
 cudaError_t launch_quads(const Op& op, const Noise& noise, const Samples& s, const Operands<Op>& operands,
                          cudaStream_t stream) {
-  const unsigned parts = blocks_of((s.channels * s.plane + 3) / 4);
-  return launch(quads_kernel<Op>, unsigned(s.count * parts), noise_threads, 0, stream, op, noise, s, operands, parts);
+  return launch(quads_kernel<Op>, blocks_of(s.count * ((s.channels * s.plane + 3) / 4)), noise_threads, 0, stream, op,
+                noise, s, operands);
 }
 
 // Operands of one dtype, of which Wide is the sum's; anything else goes element by element.
@@ -356,8 +424,11 @@ cudaError_t for_result(Dtype dtype, const Function& function) {
 cudaError_t add_noise(const Noise& noise, const Samples& samples, Matrix input, Output noisy, cudaStream_t stream) {
   if (empty(samples)) return cudaSuccess;
   return for_result(noisy.dtype, [&]<class Wide>(Wide) {
-    const Operands<Add<Wide>> operands = {{input}, {noisy}};
-    return run_same(Add<Wide>{clip_of<Wide>(noise)}, noise, samples, operands, stream);
+    const auto run = [&](auto op) {
+      return run_same(op, noise, samples, Operands<decltype(op)>{{input}, {noisy}}, stream);
+    };
+    const auto clip = clip_of<Wide>(noise);
+    return noise.distribution == gaussian ? run(Add<Wide, gaussian>{clip}) : run(Add<Wide, uniform>{clip});
   });
 }
 
@@ -365,8 +436,12 @@ cudaError_t add_noise_backward(const Noise& noise, const Samples& samples, Matri
                                cudaStream_t stream) {
   if (empty(samples)) return cudaSuccess;
   return for_result(grad_input.dtype, [&]<class Wide>(Wide) {
-    const Operands<AddBackward<Wide>> operands = {{grad, input}, {grad_input}};
-    return run_same(AddBackward<Wide>{clip_of<Wide>(noise)}, noise, samples, operands, stream);
+    const auto run = [&](auto op) {
+      return run_same(op, noise, samples, Operands<decltype(op)>{{grad, input}, {grad_input}}, stream);
+    };
+    const auto clip = clip_of<Wide>(noise);
+    return noise.distribution == gaussian ? run(AddBackward<Wide, gaussian>{clip})
+                                          : run(AddBackward<Wide, uniform>{clip});
   });
 }
 

@@ -8,7 +8,6 @@ namespace {
 constexpr int small_threads = 1024;
 constexpr int64_t small_samples = 512, small_classes = 512;
 constexpr int64_t small_products = 1 << 17;  // R K D: beyond it one multiprocessor takes longer than more launches
-constexpr size_t small_shared = 96 * 1024;   // what every architecture from sm_80 on grants a block
 
 // The block's shared memory; `rows` arrays have room for R rows.
 template <class Wide>
@@ -304,7 +303,7 @@ bool small_fits(int64_t n, int64_t dim, int64_t num_classes, size_t wide_bytes) 
   if (rows * num_classes * dim > small_products || n * dim > 1 << 17) return false;
   const size_t shared = wide_bytes == sizeof(double) ? Small<double>().place(nullptr, n, dim, num_classes, rows)
                                                      : Small<float>().place(nullptr, n, dim, num_classes, rows);
-  return shared <= small_shared;
+  return shared <= most_shared_bytes;
 }
 
 cudaError_t small_loss(const LossParams& params, cudaStream_t stream) {

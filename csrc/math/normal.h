@@ -1,5 +1,4 @@
 // Random words to numbers: Box and Muller's normals, and uniforms. No branches, so that a loop over them vectorises.
-// The coefficients are minimax fits, in float32; errors are relative.
 #pragma once
 
 #include <cmath>
@@ -13,62 +12,56 @@ struct Pair {
   float first, second;
 };
 
-// -ln(n 2^-24) for whole n in [1, 2^24]; exactly 0 at the end, and relatively accurate near it.
-// ln(1 + z) = z + z^2 P(z), error 3e-8.
-RF_INLINE float minus_log(float n) {
-  const uint32_t sqrt_half = 0x3f3504f3;
-  // n 2^-24 = 2^exponent (1 + z), 1 + z in [sqrt(1/2), sqrt(2)); the exponent stays where a float has it.
-  const uint32_t scaled = bit_cast<uint32_t>(n) - sqrt_half - (24u << 23);
-  const float exponent = float(int32_t(scaled & 0xff800000));
-  const float z = bit_cast<float>((scaled & 0x7fffff) + sqrt_half) - 1.0f;
-  float p = 0x1.6fcd44p-4f;
-  p = p * z - 0x1.27766ap-3f;
-  p = p * z + 0x1.30d15cp-3f;
-  p = p * z - 0x1.52fb0ap-3f;
-  p = p * z + 0x1.98da1ep-3f;
-  p = p * z - 0x1.0006c6p-2f;
-  p = p * z + 0x1.5556e8p-2f;
-  p = p * z - 0x1.fffff4p-2f;
-  return -(p * (z * z) + z) - exponent * 0x1.62e430p-24f;
-}
+// What the transform takes of the elementary functions, by minimax polynomials in float32.
+struct Polynomials {
+  // -ln(n 2^-24) for whole n in [1, 2^24]; exactly 0 at the end, and relatively accurate near it.
+  // ln(1 + z) = z + z^2 P(z), error 3e-8.
+  static RF_INLINE float minus_log(float n) {
+    const uint32_t sqrt_half = 0x3f3504f3;
+    // n 2^-24 = 2^exponent (1 + z), 1 + z in [sqrt(1/2), sqrt(2)); the exponent stays where a float has it.
+    const uint32_t scaled = bit_cast<uint32_t>(n) - sqrt_half - (24u << 23);
+    const float exponent = float(int32_t(scaled & 0xff800000));
+    const float z = bit_cast<float>((scaled & 0x7fffff) + sqrt_half) - 1.0f;
+    float p = 0x1.6fcd44p-4f;
+    p = p * z - 0x1.27766ap-3f;
+    p = p * z + 0x1.30d15cp-3f;
+    p = p * z - 0x1.52fb0ap-3f;
+    p = p * z + 0x1.98da1ep-3f;
+    p = p * z - 0x1.0006c6p-2f;
+    p = p * z + 0x1.5556e8p-2f;
+    p = p * z - 0x1.fffff4p-2f;
+    return -(p * (z * z) + z) - exponent * 0x1.62e430p-24f;
+  }
 
-RF_INLINE float root(float x) {
-#if defined(__CUDA_ARCH__)
-  float value;  // relative error 2^-23
-  asm("sqrt.approx.f32 %0, %1;" : "=f"(value) : "f"(x));
-  return value;
-#else
-  return sqrtf(x);
-#endif
-}
+  // scale sqrt(-2 ln(n 2^-24))
+  static RF_INLINE float radius(float n, float scale) { return sqrtf(minus_log(n)) * (1.41421356f * scale); }
 
-// cos and sin of pi r, |r| <= 1/2: errors 6e-8 and 8e-9 absolute; on a GPU its own, 2^-21.
-RF_INLINE Pair cos_sin(float r) {
-#if defined(__CUDA_ARCH__)
-  return {__cosf(3.141592654f * r), __sinf(3.141592654f * r)};
-#else
-  const float square = r * r;
-  float c = 0x1.c02a34p-3f;
-  c = c * square - 0x1.54dca0p+0f;
-  c = c * square + 0x1.03bc26p+2f;
-  c = c * square - 0x1.3bd39cp+2f;
-  c = c * square + 0x1.fffffep-1f;
-  float s = 0x1.3911f8p-4f;
-  s = s * square - 0x1.31fbf0p-1f;
-  s = s * square + 0x1.466504p+1f;
-  s = s * square - 0x1.4abba2p+2f;
-  s = s * square + 0x1.921fb4p+1f;
-  return {c, s * r};
-#endif
-}
+  // cos and sin of pi r, |r| <= 1/2: errors 6e-8 and 8e-9 absolute.
+  static RF_INLINE Pair cos_sin(float r) {
+    const float square = r * r;
+    float c = 0x1.c02a34p-3f;
+    c = c * square - 0x1.54dca0p+0f;
+    c = c * square + 0x1.03bc26p+2f;
+    c = c * square - 0x1.3bd39cp+2f;
+    c = c * square + 0x1.fffffep-1f;
+    float s = 0x1.3911f8p-4f;
+    s = s * square - 0x1.31fbf0p-1f;
+    s = s * square + 0x1.466504p+1f;
+    s = s * square - 0x1.4abba2p+2f;
+    s = s * square + 0x1.921fb4p+1f;
+    return {c, s * r};
+  }
+};
 
-// scale sqrt(-2 ln u) (cos 2 pi v, sin 2 pi v), u = ((w0 >> 8) + 1) 2^-24, v = (w1 >> 8) 2^-24; within 1.4e-6 scale.
+// scale sqrt(-2 ln u) (cos 2 pi v, sin 2 pi v), u = ((w0 >> 8) + 1) 2^-24, v = (w1 >> 8) 2^-24; within 1.4e-6 scale of
+// that by the functions above.
+template <class Functions>
 RF_INLINE Pair box_muller(uint32_t w0, uint32_t w1, float scale) {
-  const float radius = root(minus_log(float(int32_t(w0 >> 8) + 1))) * (1.41421356f * scale);
+  const float radius = Functions::radius(float(int32_t(w0 >> 8) + 1), scale);
   // 2 v = half + 1/2 + r, half = 0 or 1, |r| <= 1/2, without rounding. Half a turn changes both signs, a quarter makes
   // cosines of sines. The bits of 3/2 + r are those of w1, between 1 and 2.
   const float signed_radius = bit_cast<float>(bit_cast<uint32_t>(radius) ^ (w1 & 0x80000000u));
-  const Pair turned = cos_sin(bit_cast<float>((w1 >> 8 & 0x7fffff) | 0x3f800000) - 1.5f);
+  const Pair turned = Functions::cos_sin(bit_cast<float>((w1 >> 8 & 0x7fffff) | 0x3f800000) - 1.5f);
   return {signed_radius * -turned.second, signed_radius * turned.first};
 }
 

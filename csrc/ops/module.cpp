@@ -37,7 +37,7 @@ std::array<uint32_t, 4> philox4x32(std::array<uint32_t, 4> counter, std::array<u
 }
 
 std::array<float, 2> box_muller(uint32_t w0, uint32_t w1) {
-  const robustfast::Pair normals = robustfast::box_muller(w0, w1, 1);
+  const robustfast::Pair normals = robustfast::box_muller<robustfast::Polynomials>(w0, w1, 1);
   return {normals.first, normals.second};
 }
 

@@ -1,6 +1,7 @@
 // Stands in for csrc/cuda/device.cuh: the same functions in plain C++, for kernels that run under emulation.h.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <tuple>
 
@@ -37,6 +38,45 @@ RF_DEVICE void store16(void* to, Vector16 value) {
   memcpy(to, &value, 16);
 }
 RF_DEVICE void store16_once(void* to, Vector16 value) { store16(to, value); }
+
+// The device's approximations at their worst: an error of the size that the PTX manual allows, of either sign.
+inline float wrong_by(float value, float error) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  return bits % 2 ? value + error : value - error;
+}
+RF_DEVICE float log2_approx(float x) {
+  const float value = std::log2(x);
+  return wrong_by(value, 0x1p-22f * std::max(1.0f, -value));
+}
+RF_DEVICE float sqrt_approx(float x) { return wrong_by(std::sqrt(x), 0x1p-23f * std::sqrt(x)); }
+RF_DEVICE float sin_approx(float x) { return wrong_by(std::sin(x), 4.9e-7f); }
+RF_DEVICE float cos_approx(float x) { return wrong_by(std::cos(x), 4.9e-7f); }
+
+template <class F>
+RF_DEVICE F rounded_sum(F a, F b) {
+  return a + b;
+}
+template <class F>
+RF_DEVICE F fused(F a, F b, F c) {
+  return std::fma(a, b, c);
+}
+
+template <class F>
+RF_DEVICE F reciprocal(F x) {
+  return 1 / x;
+}
+
+RF_DEVICE float float_of_byte(uint32_t word, int at) { return 0x1p23f + float(word >> 8 * at & 0xff); }
+
+template <class F>
+RF_DEVICE F min_nan(F a, F b) {
+  return a > b ? b : a;
+}
+template <class F>
+RF_DEVICE F max_nan(F a, F b) {
+  return a < b ? b : a;
+}
 
 template <class T>
 RF_DEVICE void recompute_from(T&) {}
@@ -81,9 +121,12 @@ RF_DEVICE void multiply_add(float (&sum)[4], const uint32_t (&a)[4], const uint3
   }
 }
 
+constexpr size_t most_shared_bytes = 96 * 1024;
+
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, unsigned block, size_t shared_bytes, cudaStream_t,
                    const Arguments&... arguments) {
+  if (shared_bytes > most_shared_bytes) return cudaErrorInvalidValue;
   struct Call {
     void (*kernel)(Parameters...);
     std::tuple<Parameters...> arguments;
