@@ -125,9 +125,7 @@ def test_many_words_equal_the_reference(backend):
 def test_normals(backend):
     words = F.philox_words(11, 0, 3, 250_000, backend=backend)
     normals = pure(F.gaussian_noise, (1, 1_000_000), seed=11, draw=3, backend=backend)
-    torch.testing.assert_close(
-        normals.double(), box_muller(words).view(1, -1), rtol=0, atol=NORMALS_WITHIN[backend]
-    )
+    torch.testing.assert_close(normals.double(), box_muller(words).view(1, -1), rtol=0, atol=NORMALS_WITHIN[backend])
 
 
 @every_backend

@@ -58,11 +58,11 @@ struct Polynomials {
 template <class Functions>
 RF_INLINE Pair box_muller(uint32_t w0, uint32_t w1, float scale) {
   const float radius = Functions::radius(float(int32_t(w0 >> 8) + 1), scale);
-  // 2 v = half + 1/2 + r, half = 0 or 1, |r| <= 1/2, without rounding. Half a turn changes both signs, a quarter makes
-  // cosines of sines. The bits of 3/2 + r are those of w1, between 1 and 2.
+  // 2 v = half + 1/2 - r, half = 0 or 1, |r| <= 1/2, without rounding. Half a turn changes both signs, a quarter makes
+  // cosines of sines. The bits of 3/2 - r are those of w1, between 1 and 2.
   const float signed_radius = bit_cast<float>(bit_cast<uint32_t>(radius) ^ (w1 & 0x80000000u));
-  const Pair turned = Functions::cos_sin(bit_cast<float>((w1 >> 8 & 0x7fffff) | 0x3f800000) - 1.5f);
-  return {signed_radius * -turned.second, signed_radius * turned.first};
+  const Pair turned = Functions::cos_sin(1.5f - bit_cast<float>((w1 >> 8 & 0x7fffff) | 0x3f800000));
+  return {signed_radius * turned.second, signed_radius * turned.first};
 }
 
 // Two uniforms on (-1, 1): 2 ((w >> 8) + 0.5) 2^-24 - 1, without rounding.

@@ -16,33 +16,48 @@ from torch import Tensor
 
 from robustfast.triton_ops.rows import narrow, processor, scalar
 
-LN2_TWICE = tl.constexpr(2 * math.log(2))
-TURN = tl.constexpr(2 * math.pi)
+# Roundings are those written here: with fused products at the compiler's discretion an element's bits would depend on
+# the kernel's layout. So kernels take this option, and products that are fused say so.
+ROUNDED = {"enable_fp_fusion": False}
 
 
 @triton.jit
-def log_series(x):
-    """-2 ln(1 + x) / x for |x| <= 1/3, minimax, relative error 2e-7."""
-    y = 0.30730990710118106 * x - 0.3422236216148614
-    y = (y * x + 0.32840250109208052) * x - 0.3959007508383835
-    y = (y * x + 0.5001523916010496) * x - 0.6667597736946836
-    return (y * x + 0.9999987557962463) * x - 1.9999996724305368
+def minus_log(n):
+    """-ln(n 2^-24) for whole n in [1, 2^24], relatively accurate near the end, error 3e-8: as csrc/math/normal.h."""
+    scaled = n.to(tl.int32, bitcast=True) - 0x4B3504F3  # n 2^-24 = 2^exponent (1 + z), 1 + z from sqrt(1/2) on
+    exponent = (scaled & -0x800000).to(tl.float32)
+    z = ((scaled & 0x7FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1
+    p = tl.fma(z, 0.08979536592960358, -0.14426882565021515)
+    p = tl.fma(tl.fma(p, z, 0.14883682131767273), z, -0.1655178815126419)
+    p = tl.fma(tl.fma(p, z, 0.19963477551937103), z, -0.25002583861351013)
+    p = tl.fma(tl.fma(p, z, 0.3333393335342407), z, -0.4999998211860657)
+    return tl.fma(exponent, -8.262958467867065e-08, -tl.fma(p, z * z, z))
 
 
 @triton.jit
-def sin_series(z):
-    """sin(2 pi sqrt(z)) / sqrt(z) for z <= 1/4, minimax, error 1e-7 of the sine."""
-    y = -12.271261390449189 * z + 41.20539421304336
-    y = (y * z - 76.58010036542551) * z + 81.59618385578511
-    return (y * z - 41.34142139793366) * z + 6.283182818541808
+def radius(n, scale, HARDWARE: tl.constexpr):
+    """scale sqrt(-2 ln(n 2^-24)). NVIDIA's logarithm has an absolute error: near 1 a series replaces it."""
+    if HARDWARE:
+        u = n * 5.9604644775390625e-08
+        t = 1 - u
+        series = t * tl.fma(t, tl.fma(t, -0.480898347, -0.721347520), -1.44269504)
+        log2 = tl.where(t < 0.03125, series, nvidia("lg2.approx.ftz.f32 $0, $1;", u))
+        return nvidia("neg.f32 $0, $1; sqrt.approx.ftz.f32 $0, $0;", log2) * (1.17741002 * scale)
+    return tl.sqrt(minus_log(n)) * (1.41421356 * scale)
 
 
 @triton.jit
-def cos_series(z):
-    """cos(2 pi sqrt(z)) for z <= 1/4, minimax, error 1e-8."""
-    y = (6.529609898007555 * z - 25.968312914977616) * z + 60.16783162286123
-    y = (y * z - 85.45016553631896) * z + 64.93911898307908
-    return (y * z - 19.73920453207719) * z + 0.9999999891722187
+def cos_sin(r, HARDWARE: tl.constexpr):
+    """cos(pi r) and sin(pi r), |r| <= 1/2; errors 6e-8 and 8e-9, as csrc/math/normal.h, or NVIDIA's 2^-21."""
+    if HARDWARE:
+        angle = r * 3.14159265
+        return nvidia("cos.approx.ftz.f32 $0, $1;", angle), nvidia("sin.approx.ftz.f32 $0, $1;", angle)
+    z = r * r
+    c = tl.fma(z, 0.21883049607276917, -1.331491470336914)
+    c = tl.fma(tl.fma(tl.fma(c, z, 4.058358669281006), z, -4.93479061126709), z, 0.9999999403953552)
+    s = tl.fma(z, 0.07643315196037292, -0.5976252555847168)
+    s = tl.fma(tl.fma(tl.fma(s, z, 2.549957752227783), z, -5.1677021980285645), z, 3.141592502593994)
+    return c, s * r
 
 
 @triton.jit
@@ -52,28 +67,21 @@ def interleave4(a, b, c, d):
 
 
 @triton.jit
-def box_muller(word_u, word_v, HARDWARE: tl.constexpr):
-    """sqrt(-2 ln u) times cos(2 pi v) and sin(2 pi v), u = ((word_u >> 8) + 1) 2^-24, v = (word_v >> 8) 2^-24.
+def box_muller(word_u, word_v, scale, HARDWARE: tl.constexpr):
+    """scale sqrt(-2 ln u) times cos(2 pi v) and sin(2 pi v), u = ((word_u >> 8) + 1) 2^-24, v = (word_v >> 8) 2^-24.
 
-    u = 2^(k - 24) (1 + x) with x from -1/3 to 1/3, so that the logarithm is accurate near u = 1 too, as the hardware's
-    is not; the libraries' have branches for what cannot occur here. NVIDIA's sine is good to 2^-21 up to half a turn.
+    2 v = half + 1/2 - r, half = 0 or 1, |r| <= 1/2; half a turn changes both signs, a quarter makes cosines of sines.
     """
-    bits = ((word_u >> 8) + 1).to(tl.int32).to(tl.float32).to(tl.int32, bitcast=True)
-    exponent = (bits - 0x3F2AAAAB) & -8388608
-    x = (bits - exponent).to(tl.float32, bitcast=True) - 1
-    radius = tl.sqrt(x * log_series(x) + (24 - (exponent >> 23)).to(tl.float32) * LN2_TWICE)
-    turn = (word_v & 0xFFFFFF00).to(tl.int32, bitcast=True).to(tl.float32) * 2.3283064365386963e-10  # v, or v - 1
-    if HARDWARE:
-        cos, sin = nvidia("cos.approx.ftz.f32", turn * TURN), nvidia("sin.approx.ftz.f32", turn * TURN)
-    else:
-        square = turn * turn
-        cos, sin = cos_series(square), turn * sin_series(square)
-    return radius * cos, radius * sin
+    length = radius(((word_u >> 8) + 1).to(tl.int32).to(tl.float32), scale, HARDWARE)
+    length = (length.to(tl.uint32, bitcast=True) ^ (word_v & 0x80000000)).to(tl.float32, bitcast=True)
+    r = 1.5 - (((word_v >> 8) & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
+    cos, sin = cos_sin(r, HARDWARE)
+    return length * sin, length * cos
 
 
 @triton.jit
-def nvidia(instruction: tl.constexpr, x):
-    return tl.inline_asm_elementwise(instruction + " $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+def nvidia(instructions: tl.constexpr, x):
+    return tl.inline_asm_elementwise(instructions, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -83,14 +91,23 @@ def uniform(word):
 
 
 @triton.jit
-def words(seed, sample, draw, quad):
+def wide_product(word, MULTIPLIER: tl.constexpr, HARDWARE: tl.constexpr):
+    """The 64 bits of a product: one instruction, of which LLVM makes two, and tl.umulhi too."""
+    if HARDWARE:
+        return tl.inline_asm_elementwise(
+            "mul.wide.u32 $0, $1, $2;", "=l,r,r", [word, MULTIPLIER], dtype=tl.uint64, is_pure=True, pack=1
+        )
+    return word.to(tl.uint64) * MULTIPLIER
+
+
+@triton.jit
+def words(seed, sample, draw, quad, HARDWARE: tl.constexpr):
     """The four words of Philox4x32-10, uint32, of key seed and counters (quad, sample low, sample high, draw)."""
     seed = tl.load(seed)
     k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
     c0, c1, c2, c3 = quad.to(tl.uint32), sample.to(tl.uint32), (sample >> 32).to(tl.uint32), tl.cast(draw, tl.uint32)
     for _ in tl.static_range(10):
-        # Products in 64 bits are one instruction each; tl.philox takes two, for the upper and the lower half.
-        first, second = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57
+        first, second = wide_product(c0, 0xD2511F53, HARDWARE), wide_product(c2, 0xCD9E8D57, HARDWARE)
         c0, c2 = (second >> 32).to(tl.uint32) ^ c1 ^ k0, (first >> 32).to(tl.uint32) ^ c3 ^ k1
         c1, c3 = second.to(tl.uint32), first.to(tl.uint32)
         k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
@@ -128,7 +145,7 @@ class Quads(NamedTuple):
     def constants(self) -> dict:
         far = self.channels * self.plane >= 2**31
         return {"PLANAR": self.planar, "INDEX": tl.int64 if far else tl.int32, "HARDWARE": self.hardware,
-                "BLOCK_R": self.block_r, "BLOCK_Q": self.block_q, "num_warps": 4}  # fmt: skip
+                "BLOCK_R": self.block_r, "BLOCK_Q": self.block_q, "num_warps": 4} | ROUNDED  # fmt: skip
 
 
 TILE = 512  # quads of a program: 16 elements a thread
@@ -232,7 +249,9 @@ def noisy_pair_backward(
 def philox_words(seed: Tensor, sample_id: int, draw: int, quads: int) -> Tensor:
     out = seed.new_empty((quads, 4))
     if quads > 0:
-        words_kernel[(triton.cdiv(quads, TILE),)](out, seed, sample_id, draw, quads, BLOCK=TILE)
+        words_kernel[(triton.cdiv(quads, TILE),)](
+            out, seed, sample_id, draw, quads, HARDWARE=has_nvidia_instructions(seed.device), BLOCK=TILE
+        )  # fmt: skip
     return out
 
 
@@ -272,17 +291,17 @@ def locate(
 
 
 @triton.jit
-def noise_of(seed, sample_ids, sample, samples, draw, quad, NORMAL: tl.constexpr, HARDWARE: tl.constexpr):
-    """Four float32 noise values for each quad, side by side."""
+def noise_of(scale, seed, sample_ids, sample, samples, draw, quad, NORMAL: tl.constexpr, HARDWARE: tl.constexpr):
+    """scale times four float32 noise values for each quad, side by side."""
     name = sample.to(tl.int64)
     if sample_ids is not None:
         name = tl.load(sample_ids + sample, mask=sample < samples, other=0)
-    w0, w1, w2, w3 = words(seed, name, draw, quad)
+    w0, w1, w2, w3 = words(seed, name, draw, quad, HARDWARE)
     if NORMAL:
-        n0, n1 = box_muller(w0, w1, HARDWARE)
-        n2, n3 = box_muller(w2, w3, HARDWARE)
+        n0, n1 = box_muller(w0, w1, scale, HARDWARE)
+        n2, n3 = box_muller(w2, w3, scale, HARDWARE)
     else:
-        n0, n1, n2, n3 = uniform(w0), uniform(w1), uniform(w2), uniform(w3)
+        n0, n1, n2, n3 = scale * uniform(w0), scale * uniform(w1), scale * uniform(w2), scale * uniform(w3)
     return interleave4(n0, n1, n2, n3)
 
 
@@ -304,7 +323,7 @@ def add_noise_kernel(
         channels, plane, stride_n, stride_c, stride_p, samples, PLANAR, INDEX, BLOCK_R, BLOCK_Q
     )
     value = tl.load(x + at, mask=mask, other=0).to(WIDE)
-    value += (scale * noise_of(seed, sample_ids, sample, samples, draw, quad, NORMAL, HARDWARE)).to(WIDE)
+    value += noise_of(scale, seed, sample_ids, sample, samples, draw, quad, NORMAL, HARDWARE).to(WIDE)
     low, high = scalar(low, WIDE), scalar(high, WIDE)
     if grad is not None:
         value = tl.where((value >= low) & (value <= high), tl.load(grad + at, mask=mask, other=0).to(WIDE), 0.0)
@@ -333,13 +352,13 @@ def noisy_pair_kernel(
         channels, plane, stride_n, stride_c, stride_p, samples, PLANAR, INDEX, BLOCK_R, BLOCK_Q
     )
     value = read_image(images, at, mask, WIDE)
-    noise = (std * noise_of(seed, sample_ids, sample, samples, draw, quad, True, HARDWARE)).to(WIDE)
+    noise = noise_of(std, seed, sample_ids, sample, samples, draw, quad, True, HARDWARE).to(WIDE)
     channel = tl.minimum(channel, channels - 1)
     inverse = 1 / tl.load(pixel_std + channel).to(WIDE)
-    shift = tl.load(mean + channel).to(WIDE) * inverse
-    tl.store(clean + at, value * inverse - shift, mask=mask)
+    shift = -tl.load(mean + channel).to(WIDE) * inverse
+    tl.store(clean + at, tl.fma(value, inverse, shift), mask=mask)
     value = clip(value + noise, scalar(low, WIDE), scalar(high, WIDE))
-    tl.store(noisy + at, value * inverse - shift, mask=mask)
+    tl.store(noisy + at, tl.fma(value, inverse, shift), mask=mask)
 
 
 @triton.jit
@@ -353,7 +372,7 @@ def noisy_pair_backward_kernel(
         channels, plane, stride_n, stride_c, stride_p, samples, PLANAR, INDEX, BLOCK_R, BLOCK_Q
     )
     value = read_image(images, at, mask, WIDE)
-    value += (std * noise_of(seed, sample_ids, sample, samples, draw, quad, True, HARDWARE)).to(WIDE)
+    value += noise_of(std, seed, sample_ids, sample, samples, draw, quad, True, HARDWARE).to(WIDE)
     passes = (value >= scalar(low, WIDE)) & (value <= scalar(high, WIDE))
     grad = tl.load(grad_clean + at, mask=mask, other=0).to(WIDE)
     grad += tl.where(passes, tl.load(grad_noisy + at, mask=mask, other=0).to(WIDE), 0.0)
@@ -362,8 +381,10 @@ def noisy_pair_backward_kernel(
 
 
 @triton.jit
-def words_kernel(out, seed, sample_id: tl.int64, draw: tl.int64, quads, BLOCK: tl.constexpr):
+def words_kernel(
+    out, seed, sample_id: tl.int64, draw: tl.int64, quads, HARDWARE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     quad = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    w0, w1, w2, w3 = words(seed, tl.cast(sample_id, tl.int64), draw, quad)
+    w0, w1, w2, w3 = words(seed, tl.cast(sample_id, tl.int64), draw, quad, HARDWARE)
     e = tl.program_id(0).to(tl.int64) * (4 * BLOCK) + tl.arange(0, 4 * BLOCK)
     tl.store(out + e, interleave4(w0, w1, w2, w3).to(tl.int64), mask=e < quads * 4)
