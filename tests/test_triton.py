@@ -157,8 +157,9 @@ def test_one_winner_for_all_classes(classes, dense, monkeypatch):
 def test_strides():
     f, g, y, w, b, *state = random_case(33, 20, 12, device=DEVICE)
     assert_matches_float64((f.t().contiguous().t(), g[:1].expand(33, 20), y, w.t().contiguous().t(), b, *state))
-    doubled = torch.cat((f, f), 1)[:, ::2], g, torch.stack((y, y), 1)[:, 0], torch.cat((w, w), 1)[:, :20], b
-    assert_matches_float64((*doubled, *state))
+    doubled = torch.cat((f, f), 1)[:, ::2], g, torch.stack((y, y), 1)[:, 0], torch.cat((w, w), 1)[:, :20]
+    assert_matches_float64((*doubled, torch.cat((b, b))[::2], *state))
+    assert_matches_float64((*doubled, b[:1].expand(12), *state))
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8])
@@ -232,6 +233,19 @@ def test_equal_rows_have_no_boundary_but_close_ones_do():
     actual = run((f, g, y, w[:1].expand(6, 20).contiguous(), b, m, s), "triton")
     assert actual["margin"] == 0
     assert not actual["grad_weight"].any()
+
+
+# Winners of half types are found with mu rounded, where no row is close.
+@pytest.mark.parametrize("dtype, relative", [(torch.float32, 1e-5), (torch.bfloat16, 1e-3)], ids=["f32", "bf16"])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_close_rows_are_told_apart(dtype, relative, splits, small_tiles, monkeypatch):
+    monkeypatch.setattr(loss, "margin_items", lambda tiles, rows, classes, _: -(-rows // 16) * splits)
+    f, g, y, w, b, *state = random_case(60, 20, 50, device=DEVICE)
+    w[25:] = w[:25] + 1e-5 * w[25:]  # ||W_i||^2 + ||W_c||^2 - 2 W_i . W_c is rounding alone
+    w[25:, :3] += 2**-7 * w[:25, :3].sign()  # so that half types differ too
+    tensors = (f.to(dtype), g.to(dtype), y, w.to(dtype), torch.zeros_like(b, dtype=dtype), *state)
+    expected = run(double(tensors), "reference")
+    assert_close({"margin": run(tensors, "triton")["margin"]}, {"margin": expected["margin"]}, relative)
 
 
 def test_lowest_class_wins_a_tie(small_tiles):
@@ -388,6 +402,8 @@ def test_noise_does_not_depend_on_the_batch():
     whole = functional.gaussian_noise(x, 0.1, seed=1, sample_ids=ids, backend="triton")
     part = functional.gaussian_noise(x[2:4], 0.1, seed=1, sample_ids=ids[2:4], backend="triton")
     assert torch.equal(whole[2:4], part)
+    every_other = functional.gaussian_noise(x[::2], 0.1, seed=1, sample_ids=ids[::2], backend="triton")
+    assert torch.equal(whole[::2], every_other)
 
 
 def test_seed_is_drawn_from_pytorch():

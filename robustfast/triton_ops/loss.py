@@ -14,13 +14,14 @@ from robustfast.checks import state_dtype
 from robustfast.triton_ops.centroids import add_chunks, sum_chunk
 from robustfast.triton_ops.grouping import FINISHED, NOT_FINITE, PRESENT, group, run_of_row
 from robustfast.triton_ops.margin import (
-    boundary,
     describe_weight,
+    find_winner,
+    flattened,
+    margin,
     margin_items,
     margin_kernel,
     margin_tiles,
     matmul_precision,
-    merge_splits,
     splits_of,
     weight_gradient,
 )
@@ -40,6 +41,7 @@ def discriminative_loss(
     num_classes = weight.shape[0]
     rows = min(n, num_classes)
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
     wide = state_dtype(input)
     loss, terms = input.new_empty((), dtype=wide), input.new_empty(5, dtype=wide)
     slot, classes = input.new_empty(n, dtype=torch.int32), input.new_empty((2, rows), dtype=torch.int32)
@@ -81,8 +83,9 @@ def discriminative_loss(
     margin_kernel[(items,)](
         low, weight, weight.stride(0), bias, square, key, own, classes, index, best_score, best_class,
         num_classes, dim, items,
-        PRECISION=precision, EVEN_D=dim % tiles.block_d == 0, BLOCK_C=tiles.block_c, BLOCK_K=tiles.block_k,
-        BLOCK_D=tiles.block_d, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        PRECISION=precision, EVEN_D=dim % tiles.block_d == 0, FLATTEN=flattened(tiles, dim),
+        BLOCK_C=tiles.block_c, BLOCK_K=tiles.block_k, BLOCK_D=tiles.block_d,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
     row = row_tile(dim, wide.itemsize, 1)
     finish_kernel[(rows,)](
@@ -136,11 +139,10 @@ def finish_kernel(
     if row >= programs:
         return
     if row < present:
-        splits, blocks = splits_of(present, max_items, num_classes, BLOCK_C, BLOCK_K)
-        winner = merge_splits(best_score, best_class, row, splits, blocks, BLOCK_C, BLOCK)
-        finish_row(index, classes, weight, w_k, w_d, bias, centroids, seen, winner, pulls, chunk_terms, tables,
-                   boundary_bias, row_terms, row, present, dim, num_rows, num_chunks,
-                   delta_dist, beta, gamma, momentum, NORM, UPDATE, CHUNK, BLOCK_D)  # fmt: skip
+        finish_row(index, classes, weight, w_k, w_d, bias, centroids, seen, best_score, best_class, max_items, pulls,
+                   chunk_terms, tables, boundary_bias, row_terms, row, present, num_classes, dim, num_rows, num_chunks,
+                   delta_dist, beta, gamma, momentum,
+                   NORM, UPDATE, CHUNK, BLOCK_C, BLOCK_K, BLOCK_D, BLOCK)  # fmt: skip
     tl.debug_barrier()
     if tl.atomic_add(index + FINISHED, 1) == programs - 1:
         add_terms(row_terms, loss, terms, present, num_rows, scalar(alpha, WIDE), scalar(beta, WIDE),
@@ -149,9 +151,10 @@ def finish_kernel(
 
 @triton.jit
 def finish_row(
-    index, classes, weight, w_k, w_d, bias, centroids, seen, winner, pulls, chunk_terms, tables, boundary_bias,
-    row_terms, row, present, dim, num_rows, num_chunks, delta_dist, beta, gamma, momentum,
-    NORM: tl.constexpr, UPDATE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr,
+    index, classes, weight, w_k, w_d, bias, centroids, seen, best_score, best_class, max_items, pulls, chunk_terms,
+    tables, boundary_bias, row_terms, row, present, num_classes, dim, num_rows, num_chunks,
+    delta_dist, beta, gamma, momentum, NORM: tl.constexpr, UPDATE: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     WIDE: tl.constexpr = tables.dtype.element_ty
     d = tl.arange(0, BLOCK_D)
@@ -173,8 +176,11 @@ def finish_row(
         compact = tl.load(row_terms + row)
         align = tl.load(row_terms + num_rows + row)
 
+    splits, blocks = splits_of(present, max_items, num_classes, BLOCK_C, BLOCK_K)
+    winner = find_winner(best_score, best_class, index, weight, w_k, w_d, bias, mu, label, row, splits, blocks,
+                         num_classes, d, dim, WIDE, BLOCK_C, BLOCK_K, BLOCK)  # fmt: skip
     share = 1 / present.to(WIDE)
-    hinge, boundary_grad, slope, mu_grad, active = boundary(
+    hinge, boundary_grad, slope, mu_grad, active = margin(
         weight, w_k, w_d, bias, mu, label, winner, d, dim, scalar(delta_dist, WIDE), scalar(beta, WIDE) * share, WIDE
     )
     if tl.load(index + NOT_FINITE) != 0:

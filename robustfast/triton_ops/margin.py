@@ -16,8 +16,11 @@ from robustfast.triton_ops.grouping import NOT_FINITE, PRESENT
 from robustfast.triton_ops.rows import exact_sqrt, load_row, load_samples, narrow, quotient_or_zero
 
 NO_SCORE = tl.constexpr(float("-inf"))
+LOOK_AGAIN = tl.constexpr(float("inf"))
 NOBODY = tl.constexpr(2**31 - 1)
 SMALLEST = tl.constexpr(2.0**-126)
+# Of ||W_i||^2 + ||W_c||^2: nearer rows leave a distance of which rounding takes too much.
+CANCELLED = tl.constexpr(2.0**-8)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -52,6 +55,14 @@ def margin_tiles(family: str, dtype: torch.dtype, precision: str, dim: int) -> M
         return DOUBLE
     tiles = TILES[family, "half" if dtype.itemsize == 2 else precision]
     return tiles if dim % tiles.block_d == 0 or precision == "tf32x3" else UNALIGNED
+
+
+def flattened(tiles: MarginTiles, dim: int) -> bool:
+    """Whether tiles and features make one loop, which has a tile's first operands on their way before the last ends.
+
+    Hopper's matrix instructions then wait for one another, which costs more once a tile has enough work of its own.
+    """
+    return dim < 4 * tiles.block_d
 
 
 def margin_items(tiles: MarginTiles, rows: int, num_classes: int, processors: int) -> int:
@@ -119,24 +130,34 @@ def splits_of(present, max_items, num_classes, BLOCK_C: tl.constexpr, BLOCK_K: t
     return tl.minimum(tl.cdiv(num_classes, BLOCK_K), max_items // tl.maximum(blocks, 1)), blocks
 
 
+@triton.jit
+def classes_of(split, splits, num_classes, BLOCK_K: tl.constexpr):
+    """The blocks of classes, first and last, of one of the pieces of W."""
+    steps = tl.cdiv(num_classes, BLOCK_K)
+    first, last = tl.cast(split, tl.int64) * steps // splits, tl.cast(split + 1, tl.int64) * steps // splits
+    return first.to(tl.int32), last.to(tl.int32)
+
+
 @triton.jit(do_not_specialize=["num_classes", "max_items"])
 def margin_kernel(
     low, weight, w_k, bias, square, key, own, classes, index,  # (R, D), (K, D), its stride, (K,) x 3, (R,), (2, R)
     best_score, best_class,  # (items, BLOCK_C)
     num_classes, dim, max_items,
-    PRECISION: tl.constexpr, EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr, EVEN_D: tl.constexpr, FLATTEN: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The best score and its class, of each split of W, for blocks of the batch's classes."""
+    """The best score and its class, of each split of W, for blocks of the batch's classes.
+
+    Where a row of W is so close to W_c that ||W_i||^2 + ||W_c||^2 - 2 W_i . W_c does not tell their distance, the score
+    is LOOK_AGAIN, which `find_winner` does.
+    """
     present = tl.load(index + PRESENT)
     splits, blocks = splits_of(present, max_items, num_classes, BLOCK_C, BLOCK_K)
     item = tl.program_id(0)
     if item >= splits * blocks:
         return
     block, split = item % blocks, item // blocks
-    steps = tl.cdiv(num_classes, BLOCK_K)
-    first = (tl.cast(split, tl.int64) * steps // splits).to(tl.int32)
-    last = (tl.cast(split + 1, tl.int64) * steps // splits).to(tl.int32)
+    first, last = classes_of(split, splits, num_classes, BLOCK_K)
 
     WIDE: tl.constexpr = own.dtype.element_ty
     # The interpreter cannot multiply bfloat16.
@@ -149,8 +170,7 @@ def margin_kernel(
     own_rows = weight + label.to(tl.int64)[:, None] * w_k
     score = tl.full((BLOCK_C,), NO_SCORE, WIDE)
     winner = tl.full((BLOCK_C,), NOBODY, tl.int32)
-    # One loop over tiles and features, so that the next tile is on its way while this one's scores are compared.
-    for step in tl.range(first, last, flatten=True):
+    for step in tl.range(first, last, flatten=FLATTEN):
         k = tl.minimum(step * BLOCK_K + tl.arange(0, BLOCK_K), num_classes - 1)
         rows = weight + k.to(tl.int64)[None, :] * w_k
         logit = tl.zeros((BLOCK_C, BLOCK_K), WIDE)
@@ -170,10 +190,11 @@ def margin_kernel(
         if bias is not None:
             logit += tl.load(bias + k).to(WIDE)[None, :]
         squares = tl.load(square + k)[None, :]
-        distance2 = squares + own_square[:, None] - 2 * gram
+        both = squares + own_square[:, None]
+        distance2 = both - 2 * gram
         scores = (logit - own_logit[:, None]) * tl.rsqrt(tl.maximum(distance2, SMALLEST))
         same = (tl.load(key + k)[None, :] == own_key[:, None]) & (squares == own_square[:, None])
-        scores = tl.where(same, NO_SCORE, scores)
+        scores = tl.where(distance2 <= both * CANCELLED, tl.where(same, NO_SCORE, LOOK_AGAIN), scores)
         top = tl.max(scores, axis=1)
         leader = tl.min(tl.where(scores == top[:, None], k[None, :], NOBODY), axis=1)
         better = top > score
@@ -185,32 +206,54 @@ def margin_kernel(
 
 
 @triton.jit
-def merge_splits(best_score, best_class, row, splits, blocks, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr):
+def find_winner(
+    best_score, best_class, index, weight, w_k, w_d, bias, mu, label, row, splits, blocks, num_classes, d, dim,
+    WIDE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """The class with the highest score over the splits of W, the lowest on ties; NOBODY if there is no boundary."""
-    top = tl.full((BLOCK,), NO_SCORE, best_score.dtype.element_ty)
+    top = tl.full((BLOCK,), NO_SCORE, WIDE)
     winner = tl.full((BLOCK,), NOBODY, tl.int32)
+    look_again = 0
     for split in range(0, splits, BLOCK):
         s = split + tl.arange(0, BLOCK)
         at = row + s * blocks * BLOCK_C
         score = tl.load(best_score + at, mask=s < splits, other=NO_SCORE)
-        better = score > top
+        look_again |= tl.max((score == LOOK_AGAIN).to(tl.int32))
+        better = (score > top) & (score != LOOK_AGAIN)
         winner = tl.where(better, tl.load(best_class + at, mask=s < splits, other=NOBODY), winner)
         top = tl.where(better, score, top)
-    return tl.min(tl.where(top == tl.max(top), winner, NOBODY))
+    best = tl.max(top)
+    winner = tl.min(tl.where(top == best, winner, NOBODY))
+    if look_again != 0 and tl.load(index + NOT_FINITE) == 0:
+        for split in range(0, splits):
+            if tl.load(best_score + row + split * blocks * BLOCK_C) == LOOK_AGAIN:
+                first, last = classes_of(split, splits, num_classes, BLOCK_K)
+                for k in range(first * BLOCK_K, tl.minimum(last * BLOCK_K, num_classes)):
+                    _, distance, score = boundary(weight, w_k, w_d, bias, mu, k, label, d, dim, WIDE)
+                    better = (distance != 0) & ((score > best) | ((score == best) & (k < winner)))
+                    best, winner = tl.where(better, score, best), tl.where(better, k, winner)
+    return winner
 
 
 @triton.jit
-def boundary(weight, w_k, w_d, bias, mu, label, winner, d, dim, delta_dist, share, WIDE: tl.constexpr):
+def boundary(weight, w_k, w_d, bias, mu, k, label, d, dim, WIDE: tl.constexpr):
+    """W_k - W_label, its length and the signed distance of mu from the boundary between the two classes."""
+    k = tl.cast(k, tl.int32)
+    normal = load_row(weight, k, w_k, w_d, d, dim, WIDE) - load_row(weight, label, w_k, w_d, d, dim, WIDE)
+    logit = tl.sum(normal * mu)
+    if bias is not None:
+        logit += tl.load(bias + k).to(WIDE) - tl.load(bias + label).to(WIDE)
+    distance = exact_sqrt(tl.sum(normal * normal))
+    return normal, distance, quotient_or_zero(logit, distance)
+
+
+@triton.jit
+def margin(weight, w_k, w_d, bias, mu, label, winner, d, dim, delta_dist, share, WIDE: tl.constexpr):
     """The hinge of one class's margin, its gradients in W_winner, in b_winner and in mu, and whether it is active."""
     found = winner != NOBODY
     other = tl.where(found, winner, label)
-    normal = load_row(weight, other, w_k, w_d, d, dim, WIDE) - load_row(weight, label, w_k, w_d, d, dim, WIDE)
-    logit = tl.sum(normal * mu)
-    if bias is not None:
-        logit += tl.load(bias + other).to(WIDE) - tl.load(bias + label).to(WIDE)
-    distance = exact_sqrt(tl.sum(normal * normal))
+    normal, distance, score = boundary(weight, w_k, w_d, bias, mu, other, label, d, dim, WIDE)
     found = found & (distance != 0)
-    score = quotient_or_zero(logit, distance)
     hinge = tl.where(found & ((delta_dist + score <= 0) == 0), delta_dist + score, 0.0)  # nan passes
     slope = tl.where(hinge != 0, quotient_or_zero(share, distance), 0.0)
     unit = quotient_or_zero(normal, distance)

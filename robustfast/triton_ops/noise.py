@@ -143,7 +143,7 @@ class Quads(NamedTuple):
 
     @property
     def constants(self) -> dict:
-        far = self.channels * self.plane >= 2**31
+        far = self.channels * self.plane > 2**31 - 8 * TILE  # with what a tile has beyond the end
         return {"PLANAR": self.planar, "INDEX": tl.int64 if far else tl.int32, "HARDWARE": self.hardware,
                 "BLOCK_R": self.block_r, "BLOCK_Q": self.block_q, "num_warps": 4} | ROUNDED  # fmt: skip
 
@@ -173,6 +173,10 @@ def dense(x: Tensor) -> Tensor:
     return x if last or x.is_contiguous() else x.contiguous()
 
 
+def listed(sample_ids: Tensor | None) -> Tensor | None:
+    return None if sample_ids is None else sample_ids.contiguous()
+
+
 def laid_out(grad: Tensor, like: Tensor) -> Tensor:
     """grad with the strides of ``like``."""
     return grad if grad.stride() == like.stride() else torch.empty_like(like, dtype=grad.dtype).copy_(grad)
@@ -189,7 +193,8 @@ def wide_dtype(*dtypes: torch.dtype) -> tl.dtype:
 
 def _add_noise(x, grad, scale, draw, normal):
     """clip(x + scale noise), or where a gradient is given, this where clip did not act."""
-    source = dense(x)
+    seed, sample_ids, *rest = draw
+    draw, source = (seed, listed(sample_ids), *rest), dense(x)
     out = torch.empty_like(source)
     cut = quads(source, with_channels=False)
     if x.numel() > 0:
@@ -225,8 +230,8 @@ def noisy_pair(
     cut = quads(source, with_channels=True)
     if images.numel() > 0:
         noisy_pair_kernel[cut.grid](
-            clean, noisy, source, mean.contiguous(), pixel_std.contiguous(), std, seed, sample_ids, draw, low, high,
-            *cut.arguments, WIDE=wide_dtype(dtype), **cut.constants,
+            clean, noisy, source, mean.contiguous(), pixel_std.contiguous(), std, seed, listed(sample_ids), draw,
+            low, high, *cut.arguments, WIDE=wide_dtype(dtype), **cut.constants,
         )  # fmt: skip
     return restored(clean, images), restored(noisy, images)
 
@@ -241,7 +246,7 @@ def noisy_pair_backward(
     if images.numel() > 0:
         noisy_pair_backward_kernel[cut.grid](
             out, laid_out(grad_clean, source), laid_out(grad_noisy, source), source, pixel_std.contiguous(), std, seed,
-            sample_ids, draw, low, high, *cut.arguments, WIDE=wide_dtype(grad_clean.dtype), **cut.constants,
+            listed(sample_ids), draw, low, high, *cut.arguments, WIDE=wide_dtype(grad_clean.dtype), **cut.constants,
         )  # fmt: skip
     return restored(out, images)
 
