@@ -24,7 +24,7 @@ def compiled(*tensors):
     return compiled_eager(*tensors)
 
 
-compiled_eager = torch.compile(eager, fullgraph=True)
+compiled_eager = torch.compile(eager, fullgraph=True, dynamic=False)
 
 
 def cpu(*tensors):

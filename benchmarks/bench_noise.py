@@ -45,7 +45,7 @@ def eager(op):
 
 
 def compiled(op):
-    return torch.compile(eager(op), fullgraph=True)
+    return torch.compile(eager(op), fullgraph=True, dynamic=False)
 
 
 def cpu(op):

@@ -6,7 +6,8 @@
 Accuracy against the reference in float64, beside that of the reference in the same dtype; the same bits from run to
 run; CUDA graphs replayed with other inputs, labels, seeds and state; times against the reference, torch.compile of it
 and a loop over the classes, and against a floor of bytes over the measured copy bandwidth plus flops over the measured
-matrix rate. One table comes last; everything is in a JSON file.
+matrix rate. Every backend has a process of its own, which no other's failure reaches, and so have the baselines. What
+is known is in the JSON file after every result; one table comes last.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import platform
+import signal
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -30,7 +34,12 @@ from robustfast import backends, functional
 from robustfast.backends import home
 
 RESULTS = Path(__file__).parent / "results"
+BASELINES = "baselines"  # the reference, torch.compile of it and a loop over the classes
+SECONDS_OF_A_PART = 110
 NORMALIZATION = {"mean": (0.485, 0.456, 0.406), "pixel_std": (0.229, 0.224, 0.225)}
+
+
+Result = tuple[dict, Callable[[], dict]]  # what a row is about, and the measurement of the rest
 
 
 @dataclass
@@ -38,6 +47,7 @@ class Sizes:
     """What to check and to time: (N, D, K) of losses, shapes of images."""
 
     accuracy: list = field(default_factory=lambda: [(64, 128, 10), (1000, 512, 300), (700, 77, 1500)])
+    graph: tuple = ((64, 128, 10), (1000, 512, 300), (20000, 64, 300))  # each way of sorting labels
     loss: list = field(
         default_factory=lambda: [
             ((64, 128, 10), "float32"),
@@ -52,7 +62,7 @@ class Sizes:
     copy: int = 1 << 31
 
 
-TINY = Sizes([(20, 12, 10)], [((20, 12, 10), "float32")], (16, 8, 50), (2, 3, 8, 8), 64, 1 << 16)
+TINY = Sizes([(20, 12, 10)], (), [((20, 12, 10), "float32")], (16, 8, 50), (2, 3, 8, 8), 64, 1 << 16)
 
 
 class Machine:
@@ -150,7 +160,6 @@ def check_accuracy(backend: str, size, dtype: torch.dtype, device: str) -> dict:
     errors = relative_error(result[:1], expected[:1]), relative_error(eager[:1], expected[:1])
     tolerance = {torch.float64: 1e-10, torch.float32: 1e-5}.get(dtype, 1e-3)
     return {
-        "check": "accuracy", "backend": backend, "size": size, "dtype": str(dtype),
         "loss_error": errors[0], "eager_loss_error": errors[1], "all_error": relative_error(result, expected),
         "eager_all_error": relative_error(eager, expected),
         "same_bits": all(torch.equal(a, b) for a, b in zip(result, again, strict=True)),
@@ -164,8 +173,8 @@ def check_noise(backend: str, device: str) -> dict:
     words = [functional.philox_words(seed, 5, 1, 100, backend=name) for name in both]
     noise = [functional.gaussian_noise(x, 1.0, seed=seed, clip=None, backend=name) for name in both]
     error = (noise[0] - noise[1]).abs().max().item()
-    return {"check": "noise", "backend": backend, "same_words": torch.equal(*words), "error": error,
-            "ok": torch.equal(*words) and error <= 1e-5}  # fmt: skip
+    same = torch.equal(*words)
+    return {"same_words": same, "error_of_normals": error, "ok": same and error <= 1e-5}
 
 
 def check_graph(machine: Machine, backend: str, size) -> dict:
@@ -193,39 +202,38 @@ def check_graph(machine: Machine, backend: str, size) -> dict:
         seed.fill_(value)
         replay()
         same &= torch.equal(noise[-1], functional.gaussian_noise(x, 0.1, seed=value, backend=backend))
-    return {"check": "graph", "backend": backend, "size": size, "ok": same}
+    return {"ok": same}
 
 
-def time_loss(machine: Machine, usable: list[str], size, dtype: torch.dtype) -> list[dict]:
+def time_loss(machine: Machine, part: str, size, dtype: torch.dtype) -> Iterator[Result]:
     n, dim, classes = size
     batches = [make_batch(size, dtype, machine.device.type, seed) for seed in range(3 if machine.gpu else 1)]
     present = len(batches[0][2].unique())
     floor = 7 * n * dim * dtype.itemsize / machine.copy_rate + 4 * present * classes * dim / machine.matrix_rate
-    losses = {name: loss_of(name) for name in (*usable, "reference")}
-    rows = []
 
-    def measured(name, measure):
+    def result(name: str, measure: Callable) -> Result:
         what = {"time": "loss", "backend": name, "size": size, "dtype": str(dtype)}
 
         def row():
             seconds = measure()
-            return what | {"us": seconds * 1e6, "floor_us": floor * 1e6, "times_floor": seconds / floor}
+            return {"us": seconds * 1e6, "floor_us": floor * 1e6, "times_floor": seconds / floor}
 
-        guarded(rows, what, row)
+        return what, row
 
     def steps(loss):
         return [lambda batch=batch: forward_backward(loss, batch) for batch in batches]
 
-    for name, loss in losses.items():
-        measured(name, lambda loss=loss: machine.time(*steps(loss)))
-        if machine.gpu:
-            measured(f"{name} graph", lambda loss=loss: machine.time(*(machine.graph(step) for step in steps(loss))))
-    if machine.gpu:
-        compiled = torch.compile(losses["reference"], fullgraph=True)
-        measured("compile", lambda: machine.time(*steps(compiled)))
+    name = "reference" if part == BASELINES else part
+    loss = loss_of(name)
+    yield result(name, lambda: machine.time(*steps(loss)))
+    if not machine.gpu:
+        return
+    yield result(f"{name} graph", lambda: machine.time(*(machine.graph(step) for step in steps(loss))))
+    if part == BASELINES:
+        compiled = torch.compile(loss, fullgraph=True, dynamic=False)
+        yield result("compile", lambda: machine.time(*steps(compiled)))
         loop = lambda f, g, y, w, b, m, s: loop_loss(f, g, y, w, b, m.to(f.dtype), s)  # noqa: E731
-        measured("class loop", lambda: machine.time(*steps(loop)[:1], rounds=2))
-    return rows
+        yield result("class loop", lambda: machine.time(*steps(loop)[:1], rounds=2))
 
 
 def time_margin(machine: Machine, backend: str, size) -> dict:
@@ -245,9 +253,8 @@ def time_margin(machine: Machine, backend: str, size) -> dict:
         extra = (torch.cuda.max_memory_allocated() - before - grads[3].nbytes) / 2**20
     whole = machine.time(lambda: forward_backward(loss, batch), rounds=5)
     rate = 4 * present * classes * dim / seconds
-    return {"time": "margin", "backend": backend, "size": size, "dtype": "torch.bfloat16", "us": seconds * 1e6,
-            "with_backward_us": whole * 1e6, "tflops": rate / 1e12, "of_matrix_rate": rate / machine.matrix_rate,
-            "extra_mib": extra}  # fmt: skip
+    return {"us": seconds * 1e6, "with_backward_us": whole * 1e6, "tflops": rate / 1e12,
+            "of_matrix_rate": rate / machine.matrix_rate, "extra_mib": extra}  # fmt: skip
 
 
 def time_noise(machine: Machine, backend: str, shape) -> dict:
@@ -257,45 +264,79 @@ def time_noise(machine: Machine, backend: str, shape) -> dict:
         lambda: functional.noisy_pair(images, 0.06, **NORMALIZATION, seed=seed, dtype=torch.bfloat16, backend=backend)
     )
     rate = images.numel() * (1 + 2 * 2) / seconds
-    return {"time": "noisy_pair", "backend": backend, "size": shape, "dtype": "uint8 -> bfloat16", "us": seconds * 1e6,
-            "gbps": rate / 1e9, "of_copy_rate": rate / machine.copy_rate}  # fmt: skip
+    return {"us": seconds * 1e6, "gbps": rate / 1e9, "of_copy_rate": rate / machine.copy_rate}
 
 
-def guarded(rows: list[dict], what: dict, measure: Callable) -> None:
-    """A failure is a row as well, so that one backend's does not hide the rest."""
-    try:
-        result = measure()
-        rows += result if isinstance(result, list) else [result]
-    except Exception as error:
-        rows.append(what | {"ok": False, "error": repr(error)[:500]})
-
-
-def run(device: str, sizes: Sizes) -> dict:
-    reasons = {name: reason for name, reason in backends().items() if name != "reference"}
-    usable = [name for name, reason in reasons.items() if reason is None and home(name) == device]
-    machine = Machine(device, sizes)
-    rows: list[dict] = []
-    for backend in usable:
+def results(machine: Machine, part: str, device: str, sizes: Sizes) -> Iterator[Result]:
+    """What a part has to find out: for each, what it is, and a function that measures the rest of its row."""
+    backend = "reference" if part == BASELINES else part
+    if part != BASELINES:
         for size in sizes.accuracy:
             for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
                 what = {"check": "accuracy", "backend": backend, "size": size, "dtype": str(dtype)}
-                guarded(rows, what, lambda b=backend, s=size, d=dtype: check_accuracy(b, s, d, device))
-        guarded(rows, {"check": "noise", "backend": backend}, lambda b=backend: check_noise(b, device))
-        if machine.gpu:
-            guarded(rows, {"check": "graph", "backend": backend},
-                    lambda b=backend: check_graph(machine, b, sizes.accuracy[0]))  # fmt: skip
+                yield what, lambda size=size, dtype=dtype: check_accuracy(backend, size, dtype, device)
+        yield {"check": "noise", "backend": backend}, lambda: check_noise(backend, device)
+        for size in sizes.graph:
+            what = {"check": "graph", "backend": backend, "size": size}
+            yield what, lambda size=size: check_graph(machine, backend, size)
     for size, dtype in sizes.loss:
-        guarded(rows, {"time": "loss"}, lambda s=size, d=dtype: time_loss(machine, usable, s, getattr(torch, d)))
-    for backend in usable:
-        guarded(rows, {"time": "margin", "backend": backend}, lambda b=backend: time_margin(machine, b, sizes.margin))
-    for backend in (*usable, "reference"):
-        what = {"time": "noisy_pair", "backend": backend}
-        guarded(rows, what, lambda b=backend: time_noise(machine, b, sizes.images))
-    return {"machine": describe(machine), "backends": reasons, "results": rows}
+        yield from time_loss(machine, part, size, getattr(torch, dtype))
+    if part != BASELINES:
+        what = {"time": "margin", "backend": backend, "size": sizes.margin, "dtype": "torch.bfloat16"}
+        yield what, lambda: time_margin(machine, backend, sizes.margin)
+    what = {"time": "noisy_pair", "backend": backend, "size": sizes.images, "dtype": "uint8 -> bfloat16"}
+    yield what, lambda: time_noise(machine, backend, sizes.images)
+
+
+def measured(what: dict, measure: Callable) -> dict:
+    """The row of a result; a failure is one as well, so that it does not hide the rest."""
+    try:
+        return what | measure()
+    except Exception as error:
+        return what | {"ok": False, "error": repr(error)[:500]}
+
+
+def run_part(part: str, device: str, sizes: Sizes, out: Path) -> None:
+    machine = Machine(device, sizes)
+    rows: list[dict] = []
+    for what, measure in results(machine, part, device, sizes):
+        rows.append(measured(what, measure))
+        write(out, {"machine": describe(machine), "results": rows})
+
+
+def run_parts(report: dict, parts: list[str], device: str, out: Path) -> None:
+    """Adds each part's results to the report."""
+    for part in parts:
+        of_part = out.with_suffix(f".{part}.partial")
+        command = [sys.executable, __file__, "--device", device, "--part", part, "--out", of_part]
+        status: int | str = "stopped"
+        try:
+            status = subprocess.run(command, timeout=SECONDS_OF_A_PART).returncode
+        except subprocess.TimeoutExpired:
+            status = f"stopped after {SECONDS_OF_A_PART} s"
+        finally:
+            if of_part.exists():
+                found = json.loads(of_part.read_text())
+                report["machine"] = report["machine"] or found["machine"]
+                report["results"] += found["results"]
+                of_part.unlink()
+            if status != 0:
+                report["results"].append({"check": "process", "backend": part, "ok": False, "status": status})
+            write(out, report)
+
+
+def write(out: Path, report: dict) -> None:
+    partial = out.with_name(out.name + ".new")
+    partial.write_text(json.dumps(report, indent=1) + "\n")
+    partial.replace(out)
 
 
 def describe(machine: Machine) -> dict:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent)
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
+    except OSError:  # no git
+        commit = ""
     try:
         import triton
 
@@ -305,13 +346,15 @@ def describe(machine: Machine) -> dict:
     return {
         "device": torch.cuda.get_device_name() if machine.gpu else platform.processor() or platform.machine(),
         "torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton_version,
-        "python": platform.python_version(), "commit": commit.stdout.strip() or None,
+        "python": platform.python_version(), "commit": commit or os.environ.get("COMMIT"),
         "copy_gbps": machine.copy_rate / 1e9, "bf16_tflops": machine.matrix_rate / 1e12,
     }  # fmt: skip
 
 
 def table(report: dict) -> str:
     machine = report["machine"]
+    if machine is None:
+        return "nothing was measured"
     lines = [
         f"{machine['device']}, torch {machine['torch']}, triton {machine['triton']}: "
         f"copy {machine['copy_gbps']:.0f} GB/s, bf16 {machine['bf16_tflops']:.0f} TFLOP/s"
@@ -346,11 +389,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "gpu_check.json")
     parser.add_argument("--build", type=int, help="exit status of the build, for the report")
     parser.add_argument("--tests", type=int, help="exit status of the tests, for the report")
+    parser.add_argument("--part", help="a backend, or baselines: only this, in this process")
     options = parser.parse_args()
-    report = run(options.device, Sizes() if options.device == "cuda" else TINY)
-    report |= {"build_status": options.build, "tests_status": options.tests}
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
-    print(table(report))
+    sizes = Sizes() if options.device == "cuda" else TINY
+    if options.part:
+        return run_part(options.part, options.device, sizes, options.out)
+    reasons = {name: reason for name, reason in backends().items() if name != "reference"}
+    usable = [name for name, reason in reasons.items() if reason is None and home(name) == options.device]
+    report = {"machine": None, "backends": reasons, "results": [], "build_status": options.build}
+    report["tests_status"] = options.tests
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # what is known is printed all the same
+    try:
+        run_parts(report, [*usable, BASELINES], options.device, options.out)
+    finally:
+        print(table(report))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ built=$?
 [ $built -eq 0 ] || { echo "build failed ($built):"; tail -n 20 "$out/gpu_build.log"; }
 workers=$(python3 -c 'import xdist' 2>/dev/null && echo "-n 8")
 # shellcheck disable=SC2086
-timeout 150 python3 -m pytest -q --no-header -p no:cacheprovider $workers tests/test_triton.py tests/test_loss.py \
-    tests/test_noise.py -k "cuda or triton or gpu" >"$out/gpu_tests.log" 2>&1
+timeout -s INT -k 10 140 python3 -m pytest -q -rf --tb=short --no-header -p no:cacheprovider $workers tests/test_triton.py \
+    tests/test_loss.py tests/test_noise.py tests/test_module.py -k "cuda or triton or gpu" >"$out/gpu_tests.log" 2>&1
 tested=$?
 tail -n 15 "$out/gpu_tests.log"
-timeout 240 python3 benchmarks/gpu_check.py --out "$out/gpu_check.json" --build "$built" --tests "$tested"
+timeout -k 10 180 python3 benchmarks/gpu_check.py --out "$out/gpu_check.json" --build "$built" --tests "$tested"
