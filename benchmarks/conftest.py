@@ -11,6 +11,9 @@ import torch
 
 import robustfast
 
+# What limits instruction sets: kernels', PyTorch's, its compiler's, its libraries'.
+LIMITS = ("ROBUSTFAST_CPU_ISA", "ATEN_CPU_CAPABILITY", "TORCHINDUCTOR_CPP_MARCH", "MKL_ENABLE_INSTRUCTIONS",
+          "ONEDNN_MAX_CPU_ISA")  # fmt: skip
 BASELINES = ("eager", "compiled", "loop_loss")
 
 
@@ -35,7 +38,9 @@ def speedups(benchmarks):
 
 def environment():
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    info = {"torch": torch.__version__, "python": platform.python_version(), "commit": commit}
+    info: dict = {"torch": torch.__version__, "python": platform.python_version(), "commit": commit}
+    if limits := {name: os.environ[name] for name in LIMITS if name in os.environ}:
+        info |= {"limits": limits}
     return info | {"threads": torch.get_num_threads(), "cores": os.cpu_count(), "processor": processor()}
 
 

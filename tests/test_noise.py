@@ -704,3 +704,52 @@ def test_errors_of_pair(name, error, arguments, backend):
 def test_errors_of_words(arguments, backend):
     with pytest.raises(ValueError, match=r"^seed|^sample_id, draw, quads"):
         F.philox_words(*arguments, backend=backend)
+
+
+# ---- memory of large results ----
+
+LARGE = (9 * 2**20,)  # elements of float32: more than 32 MiB
+RSS_SCRIPT = """
+import sys, torch
+from robustfast import functional as F
+page = 4096 / 2**20
+rss = lambda: int(open("/proc/self/statm").read().split()[1]) * page
+x = torch.zeros(9 * 2**20)
+before = rss()
+results = [F.gaussian_noise(x, 1, seed=i, backend="cpu") for i in range(4)]
+held = rss() - before
+del results
+print(held, rss() - before)
+"""
+cpu_on_linux = pytest.mark.skipif(
+    why_not("cpu") is not None or sys.platform != "linux" or torch.__version__ < "2.11", reason="recycles no memory"
+)
+
+
+@cpu_on_linux
+def test_memory_is_used_again_once_nobody_holds_it():
+    x = torch.rand(LARGE)
+    noisy = F.gaussian_noise(x, 0.1, seed=1, backend="cpu")
+    expected, address, view = noisy.clone(), noisy.data_ptr(), noisy[5:]
+    del noisy
+    other = F.gaussian_noise(x, 0.1, seed=2, backend="cpu")
+    assert other.data_ptr() != address
+    assert torch.equal(view, expected[5:])
+    del view
+    again = F.gaussian_noise(x, 0.1, seed=1, backend="cpu")
+    assert again.data_ptr() == address
+    assert torch.equal(again, expected)
+    again.share_memory_()
+    assert torch.equal(again, expected)
+
+
+@cpu_on_linux
+@pytest.mark.parametrize("limit, kept", [(None, 144), (80, 72), (0, 0)])
+def test_memory_kept_is_bounded(limit, kept):
+    """In MiB; a result has 36."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    environment |= {"ROBUSTFAST_CPU_CACHE_MIB": str(limit)} if limit is not None else {}
+    command = [sys.executable, "-c", RSS_SCRIPT]
+    held, left = map(float, subprocess.run(command, env=environment, capture_output=True, check=True).stdout.split())
+    assert held == pytest.approx(144, abs=20)
+    assert left == pytest.approx(kept, abs=20)

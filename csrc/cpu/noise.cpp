@@ -48,6 +48,10 @@ constexpr int64_t granule = 32;             // quads made at a time: whole vecto
 constexpr int64_t piece_elements = 1024;    // 4 KiB of noise, and a few times that of operands
 constexpr int64_t thread_elements = 16384;  // less is not worth waking a thread
 
+// A batch whose results leave the caches before anybody reads them. They are written past the caches then, except by
+// AVX-512, which stores whole lines, and those are not read first.
+constexpr int64_t streamed_elements = RF_VECTOR_BYTES == 32 ? int64_t(1) << 23 : std::numeric_limits<int64_t>::max();
+
 constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 // ---- words and numbers ----
@@ -166,6 +170,7 @@ struct Piece {
   int64_t sample, channel, first, count;  // channel: that of all elements, or 0 where channels are interleaved
   const float* noise;
   Wide* space[4];
+  bool streamed;  // whether results go past the caches
 };
 
 // How samples are cut: every plane into blocks, or where channels are interleaved all planes together.
@@ -201,6 +206,26 @@ inline const float* fill_block(const Noise& noise, const Samples& samples, uint6
   return space;
 }
 
+#if RF_VECTOR_BYTES == 32 && defined(__x86_64__)
+// Copies past the caches, where `to` is aligned for that.
+inline void stream(const void* from, int64_t bytes, void* to) {
+  const char* source = static_cast<const char*>(from);
+  char* target = static_cast<char*>(to);
+  int64_t at = 0;
+  if (reinterpret_cast<uintptr_t>(to) % 32 == 0) {
+    for (; at + 32 <= bytes; at += 32) {
+      const __m256i vector = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + at));
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(target + at), vector);
+    }
+  }
+  memcpy(target + at, source + at, bytes - at);
+}
+inline void end_stream() { _mm_sfence(); }  // before another thread hears that the results are there
+#else
+inline void stream(const void* from, int64_t bytes, void* to) { memcpy(to, from, bytes); }
+inline void end_stream() {}
+#endif
+
 // Space that begins with a line of the cache: vectors that straddle two cost twice.
 template <class T>
 struct alignas(64) Line {
@@ -222,6 +247,7 @@ void for_each_piece(const Noise& noise, const Samples& samples, const Body& body
     const auto numbers = lines<float>(cut.space());
     const auto operands = lines<Wide>(4 * cut.elements());
     Piece<Wide> piece;
+    piece.streamed = samples.count * samples.channels * samples.plane >= streamed_elements;
     for (int k = 0; k < 4; ++k) piece.space[k] = operands[0].values + k * cut.elements();
     for (int64_t unit = from; unit < to; ++unit) {
       const int64_t plane = unit / cut.blocks, first = unit % cut.blocks * cut.length;
@@ -234,6 +260,7 @@ void for_each_piece(const Noise& noise, const Samples& samples, const Body& body
       piece.noise = fill_block(noise, samples, id, piece.channel, first, count, numbers[0].values);
       body(piece);
     }
+    if (piece.streamed) end_stream();
   });
 }
 
@@ -277,15 +304,18 @@ const Wide* load(const Piece<Wide>& piece, const Matrix& from, Wide* space) {
   return space;
 }
 
-// Where the piece's elements of an output are computed: in place if they are Wide, else in `space`, for `store`.
+// Where the piece's elements of an output are computed: in place, or in `space`, for `store`.
 template <class Wide>
 Wide* place(const Piece<Wide>& piece, const Output& to, Wide* space) {
-  return to.dtype == dtype_of<Wide> ? elements<Wide>(to, piece.sample, piece.first) : space;
+  return to.dtype == dtype_of<Wide> && !piece.streamed ? elements<Wide>(to, piece.sample, piece.first) : space;
 }
 
 template <class Wide>
 void store(const Piece<Wide>& piece, const Wide* values, const Output& to) {
-  if (to.dtype == dtype_of<Wide>) return;
+  if (to.dtype == dtype_of<Wide>) {
+    if (piece.streamed) stream(values, piece.count * sizeof(Wide), elements<Wide>(to, piece.sample, piece.first));
+    return;
+  }
   for_floating(to.dtype, [&](auto zero) {
     narrow(values, piece.count, elements<decltype(zero)>(to, piece.sample, piece.first));
   });

@@ -18,7 +18,7 @@ inline Tensor empty_like(const Tensor& tensor, std::optional<ScalarType> dtype) 
                                     from(std::nullopt), from(std::nullopt), from(std::nullopt)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
   const Tensor made = torch::stable::detail::to<Tensor>(stack[0]);
-  return made.is_cpu() ? with_huge_pages(made) : made;
+  return made.is_cpu() ? recycled(made) : made;
 }
 
 enum class Layout { row_major, channels_last, other };
