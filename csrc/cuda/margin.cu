@@ -14,8 +14,10 @@ namespace {
 
 constexpr int margin_threads = 256;
 
+// Of ||W_i||^2 + ||W_c||^2: less is compared directly. Matrix units cut off what float32 would round, some 1e-5 of a
+// long product.
 template <class Wide>
-constexpr Wide cancelled = Wide(1) / 256;  // of ||W_i||^2 + ||W_c||^2: less is compared directly
+constexpr Wide cancelled = Wide(1) / 32;
 
 // One side of a score: a class of the batch.
 template <class Wide>

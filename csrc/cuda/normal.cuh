@@ -1,4 +1,4 @@
-// Box and Muller's transform by the device's own approximations: a third of the instructions that polynomials take.
+// Box and Muller's transform by the device's own approximations, each one instruction.
 #pragma once
 
 #include "cuda/device.cuh"

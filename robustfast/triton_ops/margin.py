@@ -19,8 +19,9 @@ NO_SCORE = tl.constexpr(float("-inf"))
 LOOK_AGAIN = tl.constexpr(float("inf"))
 NOBODY = tl.constexpr(2**31 - 1)
 SMALLEST = tl.constexpr(2.0**-126)
-# Of ||W_i||^2 + ||W_c||^2: nearer rows leave a distance of which rounding takes too much.
-CANCELLED = tl.constexpr(2.0**-8)
+# Of ||W_i||^2 + ||W_c||^2: nearer rows leave a distance of which rounding takes too much. Matrix units cut off what
+# float32 would round, some 1e-5 of a long product.
+CANCELLED = tl.constexpr(2.0**-5)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
