@@ -303,6 +303,9 @@ for layout in (torch.contiguous_format, torch.channels_last):
     out[f"gaussian {layout}"] = F.gaussian_noise(y, 1, seed=3, clip=None, backend="cpu")
     out[f"uniform {layout}"] = F.uniform_noise(y, 1, seed=3, clip=None, backend="cpu")
     out[f"half {layout}"] = F.uniform_noise(y.half(), 1, seed=3, backend="cpu")
+for shape in ((1, 9 << 20), (3, (3 << 20) + 1)):  # large: with samples aligned, and not
+    z = F.uniform_noise(torch.zeros(shape), 1, seed=3, clip=None, backend="cpu")
+    out[f"large {shape}"] = (z.view(torch.int32).long() * torch.arange(z.shape[1])).sum(1)
 torch.save(out, sys.argv[1])
 """
 
