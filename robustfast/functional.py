@@ -183,7 +183,8 @@ def noisy_pair(
     Args:
         images: (N, C, H, W), contiguous or channels-last: uint8, taken as x / 255, or floating in [0, 1].
         std: standard deviation >= 0 of the noise, for x in [0, 1].
-        mean, pixel_std: one number per channel, as a sequence or as a tensor on the images' device.
+        mean, pixel_std: one number per channel, as a sequence or as a tensor on the images' device. A sequence is
+            copied there at the first call: make one before you capture a CUDA graph.
         seed, sample_ids, draw, clip: as in :func:`gaussian_noise`, with the same noise.
         dtype: floating dtype of the views.
 

@@ -21,6 +21,10 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
+def pytest_runtest_setup():
+    torch.manual_seed(0)  # a test has the same numbers in every run
+
+
 @pytest.fixture(params=USABLE)
 def backend(request):
     """Every backend that can run here."""

@@ -513,7 +513,10 @@ def test_gradient_of_pair_equals_the_reference(image_dtype, dtype, memory_format
         grads.append(x.grad)
     tolerance = {torch.float16: 1e-2, torch.bfloat16: 1e-1}
     atol = max(tolerance.get(image_dtype, 1e-5), tolerance.get(dtype, 1e-5))
-    torch.testing.assert_close(*grads, rtol=0, atol=atol)
+    # Where the sum is as near to a bound as normals are to each other, either gradient is right.
+    noisy = F.gaussian_noise(images.double(), 0.3, seed=4, clip=None, backend="reference")
+    clear = torch.minimum(noisy.abs(), (noisy - 1).abs()) > 1e-5
+    torch.testing.assert_close(grads[0][clear], grads[1][clear], rtol=0, atol=atol)
 
 
 @every_backend

@@ -118,21 +118,9 @@ def rank(target, stride, i, label, num_samples, num_classes, ignore_index, KEY: 
 
 @triton.jit
 def make_rows(
-    order,
-    ordered,
-    slot,
-    pull,
-    index,
-    classes,
-    num_samples,
-    num_classes,
-    num_rows,
-    num_chunks,
-    begin,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SCAN: tl.constexpr,
-):
+    order, ordered, slot, pull, index, classes, num_samples, num_classes, num_rows, num_chunks, begin,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, SCAN: tl.constexpr,
+):  # fmt: skip
     """Number the runs of equal labels among sorted positions begin..begin+BLOCK-1."""
     rows_before = 0
     start_before = 0
@@ -174,23 +162,9 @@ def make_rows(
 
 @triton.jit(do_not_specialize=SIZES)
 def group_kernel(
-    target,
-    stride,
-    order,
-    ordered,
-    slot,
-    pull,
-    index,
-    classes,
-    num_samples,
-    num_classes,
-    num_rows,
-    num_chunks,
-    ignore_index,
-    KEY: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    target, stride, order, ordered, slot, pull, index, classes, num_samples, num_classes, num_rows, num_chunks,
+    ignore_index, KEY: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """All of it in one program."""
     i = tl.arange(0, BLOCK)
     reset(index, classes, num_rows, num_chunks, i, BLOCK)
@@ -200,40 +174,16 @@ def group_kernel(
     tl.store(ordered + position, label, mask=i < num_samples)
     tl.debug_barrier()
     make_rows(
-        order,
-        ordered,
-        slot,
-        pull,
-        index,
-        classes,
-        num_samples,
-        num_classes,
-        num_rows,
-        num_chunks,
-        0,
-        CHUNK,
+        order, ordered, slot, pull, index, classes, num_samples, num_classes, num_rows, num_chunks, 0, CHUNK, BLOCK,
         BLOCK,
-        BLOCK,
-    )
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)
 def rank_kernel(
-    target,
-    stride,
-    order,
-    ordered,
-    index,
-    classes,
-    num_samples,
-    num_classes,
-    num_rows,
-    num_chunks,
-    ignore_index,
-    KEY: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
-):
+    target, stride, order, ordered, index, classes, num_samples, num_classes, num_rows, num_chunks, ignore_index,
+    KEY: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     reset(index, classes, num_rows, num_chunks, i, tl.num_programs(0) * BLOCK)
     label = read_label(target, stride, i, num_samples, num_classes, ignore_index, ASSERT=True)
@@ -244,18 +194,9 @@ def rank_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def label_kernel(
-    target,
-    stride,
-    labels,
-    index,
-    classes,
-    num_samples,
-    num_classes,
-    num_rows,
-    num_chunks,
-    ignore_index,
+    target, stride, labels, index, classes, num_samples, num_classes, num_rows, num_chunks, ignore_index,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     reset(index, classes, num_rows, num_chunks, i, tl.num_programs(0) * BLOCK)
     label = read_label(target, stride, i, num_samples, num_classes, ignore_index, ASSERT=True)
@@ -264,36 +205,13 @@ def label_kernel(
 
 @triton.jit(do_not_specialize=SIZES[:-1])
 def rows_kernel(
-    order,
-    ordered,
-    slot,
-    pull,
-    index,
-    classes,
-    num_samples,
-    num_classes,
-    num_rows,
-    num_chunks,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SCAN: tl.constexpr,
-):
+    order, ordered, slot, pull, index, classes, num_samples, num_classes, num_rows, num_chunks, CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr, SCAN: tl.constexpr,
+):  # fmt: skip
     make_rows(
-        order,
-        ordered,
-        slot,
-        pull,
-        index,
-        classes,
-        num_samples,
-        num_classes,
-        num_rows,
-        num_chunks,
-        tl.program_id(0) * BLOCK,
-        CHUNK,
-        BLOCK,
-        SCAN,
-    )
+        order, ordered, slot, pull, index, classes, num_samples, num_classes, num_rows, num_chunks,
+        tl.program_id(0) * BLOCK, CHUNK, BLOCK, SCAN,
+    )  # fmt: skip
 
 
 @triton.jit
