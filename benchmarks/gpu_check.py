@@ -21,7 +21,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -48,7 +48,7 @@ class Sizes:
 
     accuracy: list = field(default_factory=lambda: [(64, 128, 10), (1000, 512, 300), (700, 77, 1500)])
     graph: tuple = ((64, 128, 10), (1000, 512, 300), (20000, 64, 300))  # each way of sorting labels
-    loss: list = field(
+    loss: Sequence = field(
         default_factory=lambda: [
             ((64, 128, 10), "float32"),
             ((4096, 512, 1000), "bfloat16"),
@@ -56,13 +56,16 @@ class Sizes:
             ((8192, 2048, 1000), "float32"),
         ]
     )
-    margin: tuple = (4096, 512, 1_000_000)
-    images: tuple = (512, 3, 224, 224)
+    margin: tuple | None = (4096, 512, 1_000_000)
+    images: tuple | None = (512, 3, 224, 224)
     matrix: int = 8192
     copy: int = 1 << 31
 
 
 TINY = Sizes([(20, 12, 10)], (), [((20, 12, 10), "float32")], (16, 8, 50), (2, 3, 8, 8), 64, 1 << 16)
+
+# For tools that watch every access: what is computed, and nothing timed.
+CHECKS = Sizes([(64, 128, 10), (200, 77, 150), (9000, 16, 40)], (), (), None, None, 64, 1 << 16)
 
 
 class Machine:
@@ -281,11 +284,12 @@ def results(machine: Machine, part: str, device: str, sizes: Sizes) -> Iterator[
             yield what, lambda size=size: check_graph(machine, backend, size)
     for size, dtype in sizes.loss:
         yield from time_loss(machine, part, size, getattr(torch, dtype))
-    if part != BASELINES:
+    if part != BASELINES and sizes.margin:
         what = {"time": "margin", "backend": backend, "size": sizes.margin, "dtype": "torch.bfloat16"}
         yield what, lambda: time_margin(machine, backend, sizes.margin)
-    what = {"time": "noisy_pair", "backend": backend, "size": sizes.images, "dtype": "uint8 -> bfloat16"}
-    yield what, lambda: time_noise(machine, backend, sizes.images)
+    if sizes.images:
+        what = {"time": "noisy_pair", "backend": backend, "size": sizes.images, "dtype": "uint8 -> bfloat16"}
+        yield what, lambda: time_noise(machine, backend, sizes.images)
 
 
 def measured(what: dict, measure: Callable) -> dict:
@@ -359,6 +363,8 @@ def table(report: dict) -> str:
         f"{machine['device']}, torch {machine['torch']}, triton {machine['triton']}: "
         f"copy {machine['copy_gbps']:.0f} GB/s, bf16 {machine['bf16_tflops']:.0f} TFLOP/s"
     ]
+    if report["status"]:
+        lines.append("exit codes: " + ", ".join(f"{name} {code}" for name, code in report["status"].items()))
     lines += [f"{name:10} not usable: {reason}" for name, reason in report["backends"].items() if reason is not None]
     checks = [row for row in report["results"] if "check" in row]
     lines.append(f"checks: {sum(row['ok'] for row in checks)} of {len(checks)} pass")
@@ -387,17 +393,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out", type=Path, default=RESULTS / "gpu_check.json")
-    parser.add_argument("--build", type=int, help="exit status of the build, for the report")
-    parser.add_argument("--tests", type=int, help="exit status of the tests, for the report")
+    parser.add_argument("--status", nargs="*", default=[], metavar="STEP=CODE", help="how earlier steps ended")
     parser.add_argument("--part", help="a backend, or baselines: only this, in this process")
+    parser.add_argument("--checks", action="store_true", help="with --part: time nothing")
     options = parser.parse_args()
+    if options.checks and not options.part:
+        parser.error("--checks goes with --part")
     sizes = Sizes() if options.device == "cuda" else TINY
     if options.part:
-        return run_part(options.part, options.device, sizes, options.out)
+        return run_part(options.part, options.device, CHECKS if options.checks else sizes, options.out)
     reasons = {name: reason for name, reason in backends().items() if name != "reference"}
     usable = [name for name, reason in reasons.items() if reason is None and home(name) == options.device]
-    report = {"machine": None, "backends": reasons, "results": [], "build_status": options.build}
-    report["tests_status"] = options.tests
+    report = {"machine": None, "backends": reasons, "results": []}
+    report["status"] = dict(status.split("=") for status in options.status)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # what is known is printed all the same
     try:
         run_parts(report, [*usable, BASELINES], options.device, options.out)
