@@ -21,8 +21,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -38,7 +38,6 @@ BASELINES = "baselines"  # the reference, torch.compile of it and a loop over th
 SECONDS_OF_A_PART = 110
 NORMALIZATION = {"mean": (0.485, 0.456, 0.406), "pixel_std": (0.229, 0.224, 0.225)}
 
-
 Result = tuple[dict, Callable[[], dict]]  # what a row is about, and the measurement of the rest
 
 
@@ -46,15 +45,13 @@ Result = tuple[dict, Callable[[], dict]]  # what a row is about, and the measure
 class Sizes:
     """What to check and to time: (N, D, K) of losses, shapes of images."""
 
-    accuracy: list = field(default_factory=lambda: [(64, 128, 10), (1000, 512, 300), (700, 77, 1500)])
+    accuracy: tuple = ((64, 128, 10), (1000, 512, 300), (700, 77, 1500))
     graph: tuple = ((64, 128, 10), (1000, 512, 300), (20000, 64, 300))  # each way of sorting labels
-    loss: Sequence = field(
-        default_factory=lambda: [
-            ((64, 128, 10), "float32"),
-            ((4096, 512, 1000), "bfloat16"),
-            ((8192, 2048, 1000), "bfloat16"),
-            ((8192, 2048, 1000), "float32"),
-        ]
+    loss: tuple = (
+        ((64, 128, 10), "float32"),
+        ((4096, 512, 1000), "bfloat16"),
+        ((8192, 2048, 1000), "bfloat16"),
+        ((8192, 2048, 1000), "float32"),
     )
     margin: tuple | None = (4096, 512, 1_000_000)
     images: tuple | None = (512, 3, 224, 224)
@@ -62,10 +59,10 @@ class Sizes:
     copy: int = 1 << 31
 
 
-TINY = Sizes([(20, 12, 10)], (), [((20, 12, 10), "float32")], (16, 8, 50), (2, 3, 8, 8), 64, 1 << 16)
+TINY = Sizes(((20, 12, 10),), (), (((20, 12, 10), "float32"),), (16, 8, 50), (2, 3, 8, 8), 64, 1 << 16)
 
 # For tools that watch every access: what is computed, and nothing timed.
-CHECKS = Sizes([(64, 128, 10), (200, 77, 150), (9000, 16, 40)], (), (), None, None, 64, 1 << 16)
+CHECKS = Sizes(((64, 128, 10), (200, 77, 150), (9000, 16, 40)), (), (), None, None, 64, 1 << 16)
 
 
 class Machine:

@@ -1,6 +1,6 @@
-// Compactness and alignment, all that a row gives to terms and gradients once its distances are known, and the
-// backward. One block per item of a row; memory-bound on the features. Items run from the last to the first, because
-// centroids ran from the first to the last: the features that it read at its end may still be in the L2.
+// Compactness and alignment: distances, pulls and their sums, and the backward. One block per item of a row;
+// memory-bound on the features. Items run from the last to the first, because centroids ran from the first to the last:
+// the features that it read at its end may still be in the L2.
 #include "cuda/large.cuh"
 #include "cuda/variance_backward.cuh"
 

@@ -106,8 +106,9 @@ extern "C" AOTI_TORCH_EXPORT __attribute__((weak)) AOTITorchError torch_from_blo
 // A dense tensor like this new one in recycled memory, if it is so large that malloc would map memory for it alone.
 inline torch::stable::Tensor recycled(const torch::stable::Tensor& tensor) {
   constexpr size_t large = 32 << 20;  // glibc keeps what is smaller, in the end
+  if (bytes_of(tensor) < large || !torch_from_blob) return with_huge_pages(tensor);
   const size_t bytes = (bytes_of(tensor) + FreeBlocks::unit - 1) / FreeBlocks::unit * FreeBlocks::unit;
-  void* const block = bytes_of(tensor) < large || !torch_from_blob ? nullptr : FreeBlocks::instance().take(bytes);
+  void* const block = FreeBlocks::instance().take(bytes);
   if (!block) return with_huge_pages(tensor);
   const auto give = [](void* data, void* context) {
     FreeBlocks::instance().give(data, reinterpret_cast<size_t>(context));

@@ -33,20 +33,9 @@ def sum_samples(
 
 @triton.jit
 def sum_chunk(
-    f,
-    stride_n,
-    stride_d,
-    order,
-    index,
-    sums,
-    dim,
-    num_chunks,
-    number,
-    d,
-    CHUNK: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    f, stride_n, stride_d, order, index, sums, dim, num_chunks, number, d, CHUNK: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """Features d of one chunk of a long run, summed into sums (chunks, D)."""
     row, _, _, begin, end = chunk_of(index, number, num_chunks, CHUNK)
     if row >= 0:
@@ -56,23 +45,9 @@ def sum_chunk(
 
 @triton.jit
 def centroids_of(
-    f,
-    stride_n,
-    stride_d,
-    order,
-    sums,
-    centroids,
-    seen,
-    label,
-    run_begin,
-    run_end,
-    d,
-    dim,
-    momentum,
-    CHUNK: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    f, stride_n, stride_d, order, sums, centroids, seen, label, run_begin, run_end, d, dim, momentum,
+    CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """(mu_c, m_c) of a run, from its samples if it is short, else from the sums of its chunks in order."""
     WIDE: tl.constexpr = sums.dtype.element_ty
     count = run_end - run_begin

@@ -84,20 +84,9 @@ def matmul_precision(family: str, dtype: torch.dtype) -> str:
 
 @triton.jit
 def describe_weight(
-    weight,
-    w_k,
-    w_d,
-    bias,
-    square,
-    key,
-    index,
-    num_classes,
-    dim,
-    block,
-    WIDE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    weight, w_k, w_d, bias, square, key, index, num_classes, dim, block, WIDE: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):
+):  # fmt: skip
     """||W_i||^2 and a key of the row's bits, for BLOCK_K rows.
 
     The key is a sum modulo 2^64 of the bits times odd numbers, its upper half kept: with the squared norms it tells

@@ -262,17 +262,9 @@ def philox_words(seed: Tensor, sample_id: int, draw: int, quads: int) -> Tensor:
 
 @triton.jit
 def locate(
-    channels,
-    plane,
-    stride_n,
-    stride_c,
-    stride_p,
-    samples,
-    PLANAR: tl.constexpr,
-    INDEX: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-):
+    channels, plane, stride_n, stride_c, stride_p, samples, PLANAR: tl.constexpr, INDEX: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
     """This program's tile: samples (R, 1), quads (R, Q), memory offsets, their mask and channels (R, 4 Q or 1)."""
     rows, size = samples, channels * tl.cast(plane, INDEX)
     if PLANAR:

@@ -13,17 +13,8 @@ from torch.utils.cpp_extension import include_paths
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 FLAGS = [
-    *(
-        "-std=c++20",
-        "-O2",
-        "-fPIC",
-        "-Wall",
-        "-Wno-unknown-pragmas",
-        "-fno-strict-aliasing",
-        "-U_FORTIFY_SOURCE",
-        "-ffp-contract=off",
-    ),
-    *("-fvisibility=hidden", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"),
+    *("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off"),
+    *("-Wall", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"),
     *("-DRF_CUDA_LIBRARY=robustfast_emulated", "-DRF_CUDA_KEY=CPU"),
 ]
 
