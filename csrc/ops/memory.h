@@ -120,7 +120,7 @@ inline torch::stable::Tensor recycled(const torch::stable::Tensor& tensor) {
                       aoti_torch_device_type_cpu(), tensor.get_device_index(), &handle, aoti_torch_layout_strided(),
                       nullptr, 0, give, reinterpret_cast<void*>(bytes));
   if (error != AOTI_TORCH_SUCCESS) FreeBlocks::instance().give(block, bytes);
-  STABLE_TORCH_ERROR_CODE_CHECK(error);
+  TORCH_ERROR_CODE_CHECK(error);
   return torch::stable::Tensor(handle);
 }
 

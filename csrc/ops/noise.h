@@ -16,7 +16,7 @@ inline Tensor empty_like(const Tensor& tensor, std::optional<ScalarType> dtype) 
   using torch::stable::detail::from;
   std::array<StableIValue, 6> stack{from(tensor),       from(dtype),        from(std::nullopt),
                                     from(std::nullopt), from(std::nullopt), from(std::nullopt)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
   const Tensor made = torch::stable::detail::to<Tensor>(stack[0]);
   return made.is_cpu() ? recycled(made) : made;
 }

@@ -53,8 +53,8 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type, const
   for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(1, sizes.begin()[d]);
   int32_t device_type;
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides.data(),
                                torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device_type,
                                like.get_device_index(), &handle));
