@@ -13,10 +13,9 @@
 #include <memory>
 #include <vector>
 
+#include "common/matrix.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
-#include "cpu/tensor.h"
-#include "math/half.h"
 
 #if defined(__x86_64__)
 

@@ -9,18 +9,7 @@ namespace robustfast {
 namespace {
 
 int64_t label(const Matrix& target, int64_t i) {
-  switch (target.dtype) {
-    case Dtype::int32:
-      return *target.row<int32_t>(i);
-    case Dtype::int16:
-      return *target.row<int16_t>(i);
-    case Dtype::int8:
-      return *target.row<int8_t>(i);
-    case Dtype::uint8:
-      return *target.row<uint8_t>(i);
-    default:
-      return *target.row<int64_t>(i);
-  }
+  return visit_label(target.dtype, [&](auto zero) { return int64_t(*target.row<decltype(zero)>(i)); });
 }
 
 }  // namespace

@@ -4,7 +4,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/tensor.h"
+#include "common/loss.h"
+#include "common/matrix.h"
 
 namespace robustfast {
 
@@ -21,16 +22,11 @@ Groups group(Matrix target, int64_t n, int64_t num_classes, int64_t ignore_index
              int32_t* classes);
 Groups group_by_slot(const int32_t* slot, int64_t n, int64_t rows);
 
-struct Settings {
-  double delta_var, delta_dist;
-  int64_t norm;
-  double alpha, beta, gamma, momentum;
-  bool update_state;
-};
-
 template <class Wide>
 struct Loss {
   Settings settings;
+  int64_t norm;
+  bool update_state;
   int64_t n, dim, num_classes;
   const Groups* groups;
   Matrix input, input_noise, weight, bias;

@@ -8,8 +8,8 @@
 #ifndef RF_ISA
 
 #define RF_KERNEL "cpu/margin.cpp"
+#include "common/loss.h"
 #include "cpu/loss.h"
-#include "math/loss.h"
 //
 #include "cpu/each_isa.h"
 
@@ -361,7 +361,7 @@ void finish_row(const Search<T, F>& search, int64_t row, const Best<F>& best) {
 template <class Wide>
 Wide margin(const Loss<Wide>& loss) {
   Wide total = 0;
-  for_floating(loss.weight.dtype, [&](auto type) {
+  visit(loss.weight.dtype, [&](auto type) {
     const Search<decltype(type), Wide> search(loss);
     const std::vector<Best<Wide> > best = nearest_boundaries(search);
     parallel_for(0, search.rows, 1 + 32768 / loss.dim, [&](int64_t from, int64_t to) {
@@ -437,7 +437,7 @@ void bias_backward(const LossGrads<F>& grads, const std::vector<Share>& shares, 
 template <class Wide>
 void margin_backward(const LossGrads<Wide>& grads, Dtype dtype, void* grad_weight, void* grad_bias) {
   const std::vector<Share> shares = shares_by_class(grads);
-  for_floating(dtype, [&](auto type) {
+  visit(dtype, [&](auto type) {
     using T = decltype(type);
     if (grad_weight != nullptr) weight_backward(grads, shares, static_cast<T*>(grad_weight));
     if (grad_bias != nullptr) bias_backward(grads, shares, static_cast<T*>(grad_bias));

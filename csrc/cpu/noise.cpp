@@ -7,8 +7,8 @@
 #include <immintrin.h>
 #endif
 
+#include "common/normal.h"
 #include "cpu/noise.h"
-#include "math/normal.h"
 //
 #include "cpu/each_isa.h"
 
@@ -81,7 +81,7 @@ RF_INLINE Lanes same(uint32_t word) { return Lanes{} + word; }
 // Quads are made in `ways` vectors side by side: a round waits for its products, and other vectors fill the time.
 constexpr int64_t ways = RF_VECTOR_BYTES == 64 ? 4 : 2;  // what the registers hold
 
-// philox4x32 of math/philox.h.
+// philox4x32 of common/philox.h.
 RF_INLINE void philox4x32(Lanes (&word)[4][ways], uint32_t key0, uint32_t key1) {
   for (int round = 0; round < 10; ++round) {
     Lanes product0[ways], product1[ways];
@@ -300,7 +300,7 @@ const Wide* load(const Piece<Wide>& piece, const Matrix& from, Wide* space) {
   const auto convert = [&](auto zero) {
     widen(from.row<decltype(zero)>(piece.sample) + piece.first, piece.count, space);
   };
-  from.dtype == Dtype::uint8 ? convert(uint8_t()) : for_floating(from.dtype, convert);
+  visit_image(from.dtype, convert);
   return space;
 }
 
@@ -316,9 +316,8 @@ void store(const Piece<Wide>& piece, const Wide* values, const Output& to) {
     if (piece.streamed) stream(values, piece.count * sizeof(Wide), elements<Wide>(to, piece.sample, piece.first));
     return;
   }
-  for_floating(to.dtype, [&](auto zero) {
-    narrow(values, piece.count, elements<decltype(zero)>(to, piece.sample, piece.first));
-  });
+  visit(to.dtype,
+        [&](auto zero) { narrow(values, piece.count, elements<decltype(zero)>(to, piece.sample, piece.first)); });
 }
 
 // ---- the ops ----

@@ -3,11 +3,10 @@
 
 #include <cstdint>
 
-#include "cpu/tensor.h"
+#include "common/matrix.h"
+#include "common/noise.h"
 
 namespace robustfast {
-
-enum class Distribution { gaussian, uniform };
 
 // Which numbers are added to a batch, and to what range the sum is clipped.
 struct Noise {
@@ -17,19 +16,6 @@ struct Noise {
   const int64_t* sample_ids;  // one per sample, or null: 0, 1, 2, ...
   uint32_t draw;
   double low, high;
-};
-
-// Samples of `channels` planes of `plane` elements: one plane after the other, or (channels last) interleaved. Either
-// way samples are dense, each a row of the matrices below, and noise follows the order of the planes.
-struct Samples {
-  int64_t count, channels, plane;
-  bool channels_last;
-};
-
-struct Output {
-  void* data;
-  Dtype dtype;
-  int64_t stride;  // of a sample, in elements
 };
 
 void add_noise(const Noise& noise, const Samples& samples, Matrix input, Output noisy);

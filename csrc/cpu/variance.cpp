@@ -3,8 +3,8 @@
 #ifndef RF_ISA
 
 #define RF_KERNEL "cpu/variance.cpp"
+#include "common/loss.h"
 #include "cpu/loss.h"
-#include "math/loss.h"
 //
 #include "cpu/each_isa.h"
 
@@ -134,7 +134,7 @@ struct ClassPass {
     for (int64_t d = 0; d < dim; ++d) grad[d] = gain * (grad[d] + factor * direction<norm>(center[d]));
     terms[2] = size / present;
 
-    if (!loss.settings.update_state) return;
+    if (!loss.update_state) return;
     Wide poison = 0;  // becomes nan where a value is not finite
 #pragma omp simd reduction(+ : poison)
     for (int64_t d = 0; d < dim; ++d) poison += center[d] * Wide(0);
@@ -208,9 +208,9 @@ void variance_of(const Loss<Wide>& loss, Wide* terms) {
 
 template <class Wide>
 void variance(const Loss<Wide>& loss, Wide* terms) {
-  for_features<Wide>(loss.input.dtype, [&](auto type) {
+  visit_features<Wide>(loss.input.dtype, [&](auto type) {
     using T = decltype(type);
-    loss.settings.norm == 1 ? variance_of<T, 1>(loss, terms) : variance_of<T, 2>(loss, terms);
+    loss.norm == 1 ? variance_of<T, 1>(loss, terms) : variance_of<T, 2>(loss, terms);
   });
 }
 
@@ -252,7 +252,7 @@ void variance_backward_of(const LossGrads<Wide>& grads, bool noisy, T* grad) {
 
 template <class Wide>
 void variance_backward(const LossGrads<Wide>& grads, bool noisy, void* grad) {
-  for_features<Wide>(grads.input.dtype, [&](auto type) {
+  visit_features<Wide>(grads.input.dtype, [&](auto type) {
     using T = decltype(type);
     T* typed = static_cast<T*>(grad);
     grads.norm == 1 ? variance_backward_of<T, 1>(grads, noisy, typed) : variance_backward_of<T, 2>(grads, noisy, typed);

@@ -6,7 +6,7 @@
 
 #include <cassert>
 
-#include "math/half.h"
+#include "common/half.h"
 
 #define RF_DEVICE __device__ __forceinline__
 #define RF_UNROLL _Pragma("unroll")

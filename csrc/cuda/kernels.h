@@ -7,8 +7,8 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "cpu/noise.h"
-#include "cpu/tensor.h"
+#include "common/matrix.h"
+#include "common/noise.h"
 
 namespace robustfast::cuda {
 

@@ -3,10 +3,10 @@
 
 #include <type_traits>
 
-#include "cpu/tensor.h"
+#include "common/loss.h"
+#include "common/matrix.h"
 #include "cuda/block.cuh"
 #include "cuda/kernels.h"
-#include "math/loss.h"
 
 namespace robustfast::cuda {
 
@@ -98,54 +98,22 @@ struct LossGrads {
 
 template <class T>
 RF_DEVICE const T* row_of(const Matrix& matrix, int64_t i) {
-  return static_cast<const T*>(matrix.data) + i * matrix.stride;
+  return matrix.row<T>(i);
 }
 
 // An element of a matrix whose dtype is a floating one that only the launch knows.
 template <class Wide>
 RF_DEVICE Wide element(const Matrix& matrix, int64_t i, int64_t j) {
-  switch (matrix.dtype) {
-    case Dtype::float64:
-      return Wide(row_of<double>(matrix, i)[j]);
-    case Dtype::bfloat16:
-      return Wide(to_float(row_of<bfloat16>(matrix, i)[j]));
-    case Dtype::float16:
-      return Wide(to_float(row_of<float16>(matrix, i)[j]));
-    default:
-      return Wide(row_of<float>(matrix, i)[j]);
-  }
+  return visit(matrix.dtype, [&](auto zero) { return Wide(to_float(matrix.row<decltype(zero)>(i)[j])); });
 }
 
 template <class Wide>
 RF_DEVICE void set_element(void* data, Dtype dtype, int64_t i, Wide value) {
-  switch (dtype) {
-    case Dtype::float64:
-      static_cast<double*>(data)[i] = double(value);
-      break;
-    case Dtype::bfloat16:
-      static_cast<bfloat16*>(data)[i] = from_float<bfloat16>(float(value));
-      break;
-    case Dtype::float16:
-      static_cast<float16*>(data)[i] = from_float<float16>(float(value));
-      break;
-    default:
-      static_cast<float*>(data)[i] = float(value);
-  }
+  visit(dtype, [&](auto zero) { static_cast<decltype(zero)*>(data)[i] = from_float<decltype(zero)>(value); });
 }
 
 RF_DEVICE int64_t label_of(const Matrix& target, int64_t i) {
-  switch (target.dtype) {
-    case Dtype::int32:
-      return *row_of<int32_t>(target, i);
-    case Dtype::int16:
-      return *row_of<int16_t>(target, i);
-    case Dtype::int8:
-      return *row_of<int8_t>(target, i);
-    case Dtype::uint8:
-      return *row_of<uint8_t>(target, i);
-    default:
-      return *row_of<int64_t>(target, i);
-  }
+  return visit_label(target.dtype, [&](auto zero) { return int64_t(*target.row<decltype(zero)>(i)); });
 }
 
 // The class of a sample, or num_classes for an ignored one. A label out of range is an assertion.
@@ -231,7 +199,7 @@ RF_DEVICE void write_terms(const Loss<Wide>& a, int32_t rows, const Wide (&sum)[
 template <class Wide, class Function>
 cudaError_t for_loss(Dtype dtype, int64_t norm, const Function& function) {
   cudaError_t error = cudaSuccess;
-  for_features<Wide>(dtype, [&](auto feature) {
+  visit_features<Wide>(dtype, [&](auto feature) {
     error = norm == 1 ? function(feature, std::integral_constant<int, 1>())
                       : function(feature, std::integral_constant<int, 2>());
   });

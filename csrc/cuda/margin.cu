@@ -422,7 +422,7 @@ struct BackwardMemory {
 template <class Wide>
 cudaError_t margin(const Loss<Wide>& a, const Workspace<Wide>& w, cudaStream_t stream) {
   cudaError_t error = cudaSuccess;
-  for_floating(a.weight.dtype, [&](auto weight) {
+  visit(a.weight.dtype, [&](auto weight) {
     using W = decltype(weight);
     const size_t shared = sizeof(Wide) == 4 ? 2 * stage_size<W> * sizeof(uint16_t) : 0;
     const bool whole = a.dim % 8 == 0 && whole_packs(a.weight, a.dim, sizeof(W));

@@ -3,10 +3,10 @@
 // are interleaved it takes the same pixels of all three. Bound by memory, closely followed by integer arithmetic.
 #include <type_traits>
 
+#include "common/divide.h"
 #include "cuda/device.cuh"
 #include "cuda/kernels.h"
 #include "cuda/normal.cuh"
-#include "math/divide.h"
 
 namespace robustfast::cuda {
 namespace {
@@ -269,35 +269,12 @@ __global__ void __launch_bounds__(noise_threads, interleaved == 1 && sizeof(type
 
 template <class Wide>
 RF_DEVICE Wide load_any(const Matrix& from, int64_t at) {
-  switch (from.dtype) {
-    case Dtype::uint8:
-      return widen<Wide>(static_cast<const uint8_t*>(from.data)[at]);
-    case Dtype::float64:
-      return widen<Wide>(static_cast<const double*>(from.data)[at]);
-    case Dtype::bfloat16:
-      return widen<Wide>(static_cast<const bfloat16*>(from.data)[at]);
-    case Dtype::float16:
-      return widen<Wide>(static_cast<const float16*>(from.data)[at]);
-    default:
-      return widen<Wide>(static_cast<const float*>(from.data)[at]);
-  }
+  return visit_image(from.dtype, [&](auto zero) { return widen<Wide>(from.row<decltype(zero)>(0)[at]); });
 }
 
 template <class Wide>
 RF_DEVICE void store_any(const Output& to, int64_t at, Wide value) {
-  switch (to.dtype) {
-    case Dtype::float64:
-      static_cast<double*>(to.data)[at] = double(value);
-      break;
-    case Dtype::bfloat16:
-      static_cast<bfloat16*>(to.data)[at] = from_float<bfloat16>(value);
-      break;
-    case Dtype::float16:
-      static_cast<float16*>(to.data)[at] = from_float<float16>(value);
-      break;
-    default:
-      static_cast<float*>(to.data)[at] = float(value);
-  }
+  visit(to.dtype, [&](auto zero) { to.row<decltype(zero)>(0)[at] = from_float<decltype(zero)>(value); });
 }
 
 template <class Op>
@@ -399,9 +376,11 @@ cudaError_t run_same(const Op& op, const Noise& noise, const Samples& s, const O
   cudaError_t error = cudaSuccess;
   bool done = false;
   const Dtype dtype = operands.out[0].dtype;
-  for_features<typename Op::Wide>(dtype, [&](auto element) {
+  visit(dtype, [&](auto element) {
     using T = decltype(element);
-    done = try_groups<T, T>(dtype, dtype, op, noise, s, operands, stream, error);
+    if constexpr (std::is_same_v<WideOf<T>, typename Op::Wide>) {
+      done = try_groups<T, T>(dtype, dtype, op, noise, s, operands, stream, error);
+    }
   });
   return done ? error : launch_quads(op, noise, s, operands, stream);
 }
@@ -454,7 +433,7 @@ cudaError_t noisy_pair(const Noise& noise, const Samples& samples, Matrix images
     const Operands<Op> operands = {{images}, {clean, noisy}};
     cudaError_t error = cudaSuccess;
     bool done = false;
-    for_features<Wide>(clean.dtype, [&](auto element) {
+    visit_features<Wide>(clean.dtype, [&](auto element) {
       using Out = decltype(element);
       done = try_groups<uint8_t, Out>(Dtype::uint8, clean.dtype, op, noise, samples, operands, stream, error);
       if constexpr (sizeof(Out) == 2) {

@@ -1,12 +1,12 @@
 // Box and Muller's transform by the device's own approximations, each one instruction.
 #pragma once
 
+#include "common/normal.h"
 #include "cuda/device.cuh"
-#include "math/normal.h"
 
 namespace robustfast::cuda {
 
-// Instead of math/normal.h's Polynomials. Normals are within 4e-6 of exact by the errors in device.cuh.
+// Instead of common/normal.h's Polynomials. Normals are within 4e-6 of exact by the errors in device.cuh.
 struct Approximations {
   // The device's logarithm has an absolute error, too much for a root near 0; there a series in t = 1 - u is within
   // t^4/4 of it.

@@ -50,7 +50,9 @@ LossResults::Tuple discriminative_loss(const Tensor& input, const std::optional<
     std::fill(boundary_bias + present, boundary_bias + rows, Wide(0));
     for (int t = 0; t < 3; ++t) std::fill(tables + (t * rows + present) * dim, tables + (t + 1) * rows * dim, Wide(0));
     Loss<Wide> loss = {
-        .settings = {delta_var, delta_dist, norm, alpha, beta, gamma, momentum, update_state},
+        .settings = {delta_var, delta_dist, alpha, beta, gamma, momentum},
+        .norm = norm,
+        .update_state = update_state,
         .n = sizes.n,
         .dim = dim,
         .num_classes = sizes.num_classes,

@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "common/normal.h"
 #include "cpu/isa.h"
-#include "math/normal.h"
 
 #ifndef RF_CUDA_ARCHITECTURES
 #define RF_CUDA_ARCHITECTURES ""

@@ -5,7 +5,7 @@
 #include <array>
 #include <optional>
 
-#include "cpu/noise.h"
+#include "common/noise.h"
 #include "ops/memory.h"
 #include "ops/tensors.h"
 

@@ -1,6 +1,7 @@
 // The noise ops on the CPU.
 #include <tuple>
 
+#include "cpu/noise.h"
 #include "ops/noise.h"
 
 namespace robustfast {

@@ -8,7 +8,7 @@
 #include <optional>
 #include <vector>
 
-#include "cpu/tensor.h"
+#include "common/matrix.h"
 
 namespace robustfast {
 

@@ -23,7 +23,7 @@ ROUNDED = {"enable_fp_fusion": False}
 
 @triton.jit
 def minus_log(n):
-    """-ln(n 2^-24) for whole n in [1, 2^24], relatively accurate near the end, error 3e-8: as csrc/math/normal.h."""
+    """-ln(n 2^-24) for whole n in [1, 2^24], relatively accurate near the end, error 3e-8: as csrc/common/normal.h."""
     scaled = n.to(tl.int32, bitcast=True) - 0x4B3504F3  # n 2^-24 = 2^exponent (1 + z), 1 + z from sqrt(1/2) on
     exponent = (scaled & -0x800000).to(tl.float32)
     z = ((scaled & 0x7FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1
@@ -48,7 +48,7 @@ def radius(n, scale, HARDWARE: tl.constexpr):
 
 @triton.jit
 def cos_sin(r, HARDWARE: tl.constexpr):
-    """cos(pi r) and sin(pi r), |r| <= 1/2; errors 6e-8 and 8e-9, as csrc/math/normal.h, or NVIDIA's 2^-21."""
+    """cos(pi r) and sin(pi r), |r| <= 1/2; errors 6e-8 and 8e-9, as csrc/common/normal.h, or NVIDIA's 2^-21."""
     if HARDWARE:
         angle = r * 3.14159265
         return nvidia("cos.approx.ftz.f32 $0, $1;", angle), nvidia("sin.approx.ftz.f32 $0, $1;", angle)

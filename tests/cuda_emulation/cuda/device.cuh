@@ -6,7 +6,7 @@
 #include <tuple>
 
 #include "emulation.h"
-#include "math/half.h"
+#include "common/half.h"
 
 #define RF_DEVICE inline
 #define RF_UNROLL

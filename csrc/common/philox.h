@@ -2,7 +2,7 @@
 // so that any part of the noise can be computed on its own.
 #pragma once
 
-#include "math/platform.h"
+#include "common/platform.h"
 
 namespace robustfast {
 

@@ -4,7 +4,7 @@
 
 #include <cstring>
 
-#include "math/platform.h"
+#include "common/platform.h"
 
 namespace robustfast {
 

@@ -3,8 +3,8 @@
 
 #include <cmath>
 
-#include "math/half.h"
-#include "math/philox.h"
+#include "common/half.h"
+#include "common/philox.h"
 
 namespace robustfast {
 

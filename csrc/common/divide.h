@@ -2,7 +2,7 @@
 // invariant integers using multiplication", PLDI 1994).
 #pragma once
 
-#include "math/platform.h"
+#include "common/platform.h"
 
 namespace robustfast {
 

@@ -1,10 +1,14 @@
-// The arithmetic of one sample and of one class in the loss (docs/ops.md), for the CPU and the CUDA kernels.
+// The loss's settings, and the arithmetic of one sample and of one class (docs/ops.md), for the CPU and CUDA kernels.
 // F is float or double. Comparisons are written so that nan passes through.
 #pragma once
 
-#include "math/platform.h"
+#include "common/platform.h"
 
 namespace robustfast {
+
+struct Settings {
+  double delta_var, delta_dist, alpha, beta, gamma, momentum;
+};
 
 template <class F>
 RF_INLINE F hinge(F x) {

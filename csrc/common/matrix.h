@@ -1,0 +1,33 @@
+// What a kernel sees of a tensor.
+#pragma once
+
+#include "common/dtype.h"
+
+namespace robustfast {
+
+// A matrix with unit stride along a row, or (rows of one element) a vector. Strides count elements.
+struct Matrix {
+  const void* data = nullptr;
+  Dtype dtype = Dtype::float32;
+  int64_t stride = 0;
+
+  explicit operator bool() const { return data != nullptr; }
+  template <class T>
+  RF_INLINE const T* row(int64_t i) const {
+    return static_cast<const T*>(data) + i * stride;
+  }
+};
+
+// The same to be written.
+struct Output {
+  void* data;
+  Dtype dtype;
+  int64_t stride;
+
+  template <class T>
+  RF_INLINE T* row(int64_t i) const {
+    return static_cast<T*>(data) + i * stride;
+  }
+};
+
+}  // namespace robustfast
