@@ -12,7 +12,8 @@ from itertools import product
 from pathlib import Path
 from statistics import fmean
 
-from robustfast.training import comparison, files
+from robustfast import disk
+from robustfast.training import comparison
 from robustfast.training.config import METHODS, Config
 
 SEEDS = (100, 101)
@@ -46,7 +47,7 @@ def main() -> None:
         mine = scores[index * len(SEEDS) : (index + 1) * len(SEEDS)]
         records[method].append({"settings": settings, "validation": mine, "mean": fmean(mine)})
     best = {method: max(records[method], key=lambda record: record["mean"])["settings"] for method in METHODS}
-    files.write_json(arguments.out, {"seeds": SEEDS, "space": SPACE, "best": best, "trials": records})
+    disk.write_json(arguments.out, {"seeds": SEEDS, "space": SPACE, "best": best, "trials": records})
     for method in METHODS:
         top = max(record["mean"] for record in records[method])
         print(f"{method:15} {100 * top:.2f}% with {best[method]}")

@@ -12,6 +12,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import torch
 
+from robustfast import disk
 from robustfast.extras import needed
 
 try:
@@ -127,7 +128,7 @@ def evaluate(
     """Test a saved model on clean images and under Gaussian noise."""
     curve = saved.evaluate(run, sigma, seed=seed, draws=draws, source=data, device=device, backend=backend)
     if out is not None:
-        files.write_json(out, {"run": str(run), "seed": seed, "draws": draws, "test": curve})
+        disk.write_json(out, {"run": str(run), "seed": seed, "draws": draws, "test": curve})
     console.print(_curve_table(curve))
 
 
@@ -152,7 +153,7 @@ def demo(
     summary = comparison.summarise(results)
     out.mkdir(parents=True, exist_ok=True)
     content = {"format": files.FORMAT, "summary": summary, "runs": results, "seconds": time.perf_counter() - start}
-    files.write_json(out / files.RESULTS, content)
+    disk.write_json(out / files.RESULTS, content)
     comparison.plot(summary, out / "accuracy.png", configs[0].sigma)
     console.print(
         f"\nTest accuracy in % on digits, mean ± standard deviation over {seeds} seeds, on clean images and under "

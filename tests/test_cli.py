@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from robustfast import cli
+from robustfast import cli, disk
 from robustfast.training import Config, comparison, data, files, loop, preset, train
 
 ROOT = Path(__file__).parents[1]
@@ -40,7 +40,7 @@ def invoke(*arguments):
 def test_train_then_evaluate(run_dir):
     shown = invoke(*TRAIN, "--milestones", "1", "--milestones", "2")
     assert shown.exit_code == 0, shown.output
-    results = files.read_json(run_dir / "run" / files.RESULTS)
+    results = disk.read_json(run_dir / "run" / files.RESULTS)
     config = results["config"]
     assert config["flip"] is True and config["milestones"] == [1, 2] and config["method"] == "discriminative"
     for point in results["test"]:
@@ -49,9 +49,9 @@ def test_train_then_evaluate(run_dir):
 
     again = invoke("evaluate", "run", "--out", "again.json")
     assert again.exit_code == 0, again.output
-    assert files.read_json(run_dir / "again.json") == {"run": "run", "seed": 0, "draws": 4, "test": results["test"]}
+    assert disk.read_json(run_dir / "again.json") == {"run": "run", "seed": 0, "draws": 4, "test": results["test"]}
     other = invoke("evaluate", "run", "--sigma", "0.5", "--sigma", "0.1", "--draws", "1", "--out", "other.json")
-    assert [point["sigma"] for point in files.read_json(run_dir / "other.json")["test"]] == [0.0, 0.5, 0.1]
+    assert [point["sigma"] for point in disk.read_json(run_dir / "other.json")["test"]] == [0.0, 0.5, 0.1]
     assert other.output.split().count("0.5") == 1
 
 
@@ -75,7 +75,7 @@ def test_train_resumes_where_it_was_interrupted(run_dir, monkeypatch):
     )
     shown = invoke("train", "--resume", "--out", "cut", "--epochs", "3")
     assert shown.exit_code == 0, shown.output
-    results = files.read_json(run_dir / "cut" / files.RESULTS)
+    results = disk.read_json(run_dir / "cut" / files.RESULTS)
     assert results["history"] == whole["history"] and results["test"] == whole["test"]
 
 
@@ -83,7 +83,7 @@ def test_default_folder_and_threads(run_dir):
     arguments = ("train", "--data", "npz:tiny.npz", "--epochs", "1", "--method", "noisy", "--seed", "7")
     shown = invoke(*arguments, "--threads", "2")
     assert shown.exit_code == 0, shown.output
-    assert files.read_json(Path("runs/digits-noisy-7") / files.RESULTS)["environment"]["threads"] == 2
+    assert disk.read_json(Path("runs/digits-noisy-7") / files.RESULTS)["environment"]["threads"] == 2
 
 
 def test_every_setting_is_an_option():
@@ -95,7 +95,7 @@ def test_every_setting_is_an_option():
 def test_demo(run_dir):
     shown = invoke("demo", "--epochs", "1", "--seeds", "1", "--workers", "2", "--out", "demo")
     assert shown.exit_code == 0, shown.output
-    content = files.read_json(run_dir / "demo" / files.RESULTS)
+    content = disk.read_json(run_dir / "demo" / files.RESULTS)
     assert {point["sigma"] for point in content["summary"]} >= {0.0, 0.15, 0.25, 0.4, 0.6}
     assert len(content["runs"]) == 5 and all(method in shown.output for method in cli.METHODS)
     assert all(f"{100 * point['mean']:.1f} ± 0.0" in shown.output for point in content["summary"])

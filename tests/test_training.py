@@ -19,10 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import robustfast
+from robustfast import disk
 from robustfast.evaluation import accuracy, noise, noise_curve, saved
+from robustfast.streams import stream
 from robustfast.training import Config, data, files, loop, models, preset, recipes, resume, train
 from robustfast.training.config import METHODS, from_json
-from robustfast.training.streams import stream
 
 ROOT = Path(__file__).parents[1]
 
@@ -373,18 +374,18 @@ def test_an_interrupted_write_leaves_the_last_checkpoint(tiny, tmp_path, monkeyp
 
 def test_replace_keeps_the_old_file_until_the_new_one_is_whole(tmp_path):
     path = tmp_path / "file"
-    files.write_json(path, {"old": 1})
+    disk.write_json(path, {"old": 1})
 
     def fail(part):
         part.write_text("half")
-        assert files.read_json(path) == {"old": 1}
+        assert disk.read_json(path) == {"old": 1}
         raise Interrupt
 
     with pytest.raises(Interrupt):
-        files.replace(path, fail)
-    assert files.read_json(path) == {"old": 1}
-    files.write_json(path, {"new": 2})
-    assert files.read_json(path) == {"new": 2} and list(tmp_path.iterdir()) == [path]
+        disk.replace(path, fail)
+    assert disk.read_json(path) == {"old": 1}
+    disk.write_json(path, {"new": 2})
+    assert disk.read_json(path) == {"new": 2} and list(tmp_path.iterdir()) == [path]
 
 
 def test_old_tensors_are_removed(tiny, tmp_path):

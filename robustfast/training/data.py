@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from robustfast.extras import needed
-from robustfast.training.streams import generator
+from robustfast.streams import generator
 
 CHANNELS = (1, 3)  # grey and RGB
 

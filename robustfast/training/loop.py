@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 import robustfast
+from robustfast import disk
 from robustfast.backends import resolve
 from robustfast.evaluation import noise_curve
 from robustfast.functional import noisy_pair
+from robustfast.streams import generator, stream
 from robustfast.training import data, files, models, recipes
 from robustfast.training.augment import Placements, draw_placements, place
 from robustfast.training.config import Config, from_json
-from robustfast.training.streams import generator, stream
 
 TEST_SEED = 0  # of the test noise: every method and every run is tested on the same noisy images
 
@@ -127,7 +128,7 @@ def resume(out: Path, on_epoch: Callable[[dict[str, float]], None] | None = None
         ValueError: the data is no longer that of the run.
     """
     if (out / files.RESULTS).exists():
-        return files.read_json(out / files.RESULTS)
+        return disk.read_json(out / files.RESULTS)
     state = files.load_state(out)
     setup = prepare(from_json(state["config"]))
     if setup.fingerprint != state["fingerprint"]:
@@ -276,5 +277,5 @@ def finish(setup: Setup, run: Run, out: Path | None) -> dict[str, Any]:
         about = {"config": config.as_json(), "classes": setup.classes, "image": list(setup.train.pixels.shape[1:]),
                  "normalization": setup.normalization}  # fmt: skip
         files.save_model(out / files.MODEL, run.best, about)
-        files.write_json(out / files.RESULTS, results)
+        disk.write_json(out / files.RESULTS, results)
     return results
