@@ -1,4 +1,4 @@
-"""benchmarks/gpu_check.py as far as it goes without a GPU: the same checks and timings, at tiny sizes."""
+"""benchmarks/gpu_check as far as it goes without a GPU: the same checks and timings at tiny sizes, without limits."""
 
 import json
 import os
@@ -6,30 +6,52 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from robustfast import backends
+
 ROOT = Path(__file__).parents[1]
+ENVIRONMENT = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join((str(ROOT), *sys.path))}
+needs_cpu = pytest.mark.skipif(backends()["cpu"] is not None, reason=str(backends()["cpu"]))
 
 
+def gpu_check(*arguments):
+    command = [sys.executable, "-m", *map(str, arguments)]
+    return subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True)
+
+
+@needs_cpu
 def test_gpu_check_on_the_cpu(tmp_path):
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join((str(ROOT), *sys.path))}
-    out = tmp_path / "check.json"
-    command = [sys.executable, ROOT / "benchmarks/gpu_check.py", "--device", "cpu", "--out", out, "--status", "build=0"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    report = json.loads(out.read_text())
-    assert report["backends"]["cuda"] is not None
-    assert "cuda       not usable" in result.stdout and "exit codes: build 0" in result.stdout
-    for row in report["results"]:
-        assert "error" not in row or "check" in row, row
-        assert row.get("ok", True) and row.get("same_bits", True), row
-    assert {row.get("check", row.get("time")) for row in report["results"]} >= {"accuracy", "noise", "loss", "margin"}
+    result = gpu_check("benchmarks.gpu_check", "cpu", "--device", "cpu", "--seconds", 0, "--out", tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.startswith("device: ") and "cuda not usable: " in result.stdout
+    stage = json.loads((tmp_path / "gpu_check.json").read_text())["stages"]["cpu"]
+    assert set(stage["status"].values()) == {0}
+    for row in stage["results"]:
+        assert "error" not in row and row.get("ok", True), row
+    assert {row.get("check", row.get("time")) for row in stage["results"]} >= {"accuracy", "noise", "loss", "margin"}
+    assert {row["backend"] for row in stage["results"]} == {"cpu", "triton", "reference"}
 
 
-def test_checks_alone(tmp_path):
-    """What compute-sanitizer watches on a GPU."""
-    out = tmp_path / "check.json"
-    command = [sys.executable, ROOT / "benchmarks/gpu_check.py", "--device", "cpu", "--part", "cpu", "--checks"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), *sys.path))}
-    subprocess.run([*command, "--out", out], env=environment, check=True)
+def test_failures_are_found(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks.gpu_check.__main__ import Step, run, run_stage
+    from benchmarks.gpu_check.table import failures
+
+    wrong = {"check": "noise", "backend": "cpu", "ok": False}
+    (tmp_path / "cpu.checks.partial").write_text(json.dumps({"machine": {}, "results": [wrong]}))
+    steps = [Step("good", 1, [["true"]]), Step("bad", 1, [["true"], ["sh", "-c", "echo why; exit 3"]])]
+    stage = {"machine": {}, "not_usable": {}, "status": {}, "results": []}
+    run_stage(lambda: iter(steps), 0, stage, lambda: None, tmp_path)
+    assert failures(stage) == [{"step": "bad", "status": 3}, wrong]
+    assert "bad ended with 3:\nwhy" in capsys.readouterr().out
+    assert run(Step("slow", 1, [["sleep", "60"]]), 0.0, tmp_path) == "stopped after 0 s"
+
+
+@needs_cpu
+def test_what_compute_sanitizer_watches(tmp_path):
+    out = tmp_path / "cpu.partial"
+    done = gpu_check("benchmarks.gpu_check.parts", "cpu.checks", "--device", "cpu", "--watched", "--out", out)
+    assert done.returncode == 0, done.stderr
     rows = json.loads(out.read_text())["results"]
-    assert len(rows) == 13
-    assert all(row["ok"] and row.get("same_bits", True) for row in rows)
+    assert len(rows) == 13 and all(row["ok"] for row in rows)
