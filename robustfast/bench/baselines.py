@@ -1,0 +1,40 @@
+"""What people write first: the loss class by class, with labels brought to the host."""
+
+import torch
+from torch import Tensor
+
+
+def loop_loss(
+    input: Tensor,
+    input_noise: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    centroids: Tensor,
+    seen: Tensor,
+    *,
+    delta_var: float = 0.5,
+    delta_dist: float = 3.0,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    gamma: float = 0.001,
+    momentum: float = 0.99,
+) -> Tensor:
+    """The loss of robustfast.functional.discriminative_loss for norm 2, in a loop over the classes of the batch."""
+    variance = margin = regularization = input.new_zeros(())
+    labels = target.unique().tolist()
+    for c in labels:
+        of_class = target == c
+        mu = input[of_class].mean(0)
+        center = (1 - momentum) * mu + momentum * centroids[c] if seen[c].item() else mu
+        for features in (input, input_noise):
+            distance = (features[of_class] - center).norm(dim=1)
+            variance = variance + torch.relu(distance - delta_var).square().mean() / 2
+        others = torch.arange(len(weight), device=weight.device) != c
+        normal = weight[others] - weight[c]
+        score = (normal @ mu + bias[others] - bias[c]) / normal.norm(dim=1)
+        margin = margin + torch.relu(delta_dist + score).max()
+        regularization = regularization + center.norm()
+        centroids[c] = center.detach()
+        seen[c] = True
+    return (alpha * variance + beta * margin + gamma * regularization) / len(labels)

@@ -1,0 +1,92 @@
+"""The command ``robustfast bench``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+from robustfast.bench import cases, measure, report, run
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def bench(
+    ops: Annotated[list[str] | None, typer.Argument(help=f"of {', '.join(cases.OPS)} (default: all)")] = None,
+    shapes: Annotated[
+        str | None, typer.Option(help="names with commas between; default: what suits the device")
+    ] = None,
+    backends: Annotated[str | None, typer.Option(help="cpu, triton, cuda with commas between; default: all")] = None,
+    dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}; several with commas between")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda; default: a GPU where there is one")] = "auto",
+    seconds: Annotated[float, typer.Option(min=0.01, help="to spend on each table")] = 6.0,
+    scaling: Annotated[bool, typer.Option("--scaling", help="also the loss over N, D and K, one at a time")] = False,
+    graphs: Annotated[bool, typer.Option(help="on GPUs, also each step in a CUDA graph")] = True,
+    out: Annotated[Path, typer.Option(help="folder of results.json and charts")] = Path("bench"),
+) -> None:
+    """Measure the kernels against plain PyTorch on this machine.
+
+    All implementations of a table take turns in one run. Times are medians; a speedup is the median over rounds of the
+    best plain PyTorch's time by the kernel's. Ctrl-C keeps what was measured.
+    """
+    chosen = _names("ops", ops or cases.OPS, cases.OPS)
+    dtypes = [DTYPES[name] for name in _names("dtype", dtype.split(","), DTYPES)]
+    asked = _names("backends", backends.split(","), ("cpu", "triton", "cuda")) if backends else None
+    where = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
+    planned = run.plan(chosen, shapes.split(",") if shapes else None, dtypes, where)
+    if scaling:
+        planned += [("loss", name, dtype) for name in cases.SCALING for dtype in dtypes]
+    out.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    names, reasons = cases.usable(asked, where)
+    for name, reason in reasons.items():
+        console.print(f"{name}: not measured: {reason}", style="dim", soft_wrap=True)
+    content: dict[str, Any] = {"environment": measure.environment(where), "unusable": reasons, "rows": []}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with measure.interruptible() as interrupted, Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("ceilings", total=len(planned))
+        ceilings = run.Ceilings(where)
+        for op, shape, kind in planned:
+            progress.update(bar, description=f"{op} {shape}")
+            case, rows = run.measure(op, shape, kind, names, ceilings, seconds, graphs)
+            content["rows"] += rows
+            content["ceilings"] = ceilings.as_json()
+            report.write_json(out / "results.json", content)
+            progress.console.print(_table(rows))
+            for name, note in case.notes.items():
+                progress.console.print(f"  {name}: not measured: {note}", style="dim", soft_wrap=True)
+            progress.advance(bar)
+    if content["rows"]:
+        console.print(report.machine(content), soft_wrap=True)
+        report.charts(content, out)
+        console.print(f"Results and charts: {out}")
+    if interrupted:
+        console.print(f"Interrupted after {len(report.tables(content['rows']))} of {len(planned)} tables.")
+        raise typer.Exit(130)
+
+
+def _names(argument: str, given: Any, known: Any) -> list[str]:
+    names = [name.strip() for name in given]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{argument}: expected some of {', '.join(known)}, got {name!r}")
+    return names
+
+
+def _table(rows: list[report.Row]) -> Table:
+    header = list(report.HEADER)
+    if rows[0]["op"] == "train-step":
+        header[header.index("speedup")] = "more than " + cases.BOTH
+    table = Table(*header, title=report.title(rows[0]), title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for row in rows:
+        table.add_row(*report.cells(row), style="" if row["peer"] else "bold")
+    if "null_seconds" in rows[0]:
+        table.caption = f"an autograd Function that does nothing: {1e6 * rows[0]['null_seconds']['median']:.0f} µs"
+        table.caption_justify = "left"
+    return table

@@ -1,0 +1,172 @@
+"""`robustfast bench`: its schedule and statistics on steps that take no time, and the command on tiny shapes."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("typer")
+
+import typer
+from typer.testing import CliRunner
+
+from robustfast.bench import cases, command, measure, report, run
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+
+
+def test_spread():
+    assert measure.Spread.of([3.0]) == measure.Spread(3.0, 3.0, 3.0)
+    assert measure.Spread.of([5.0, 1.0, 4.0, 2.0, 3.0, 6.0]) == measure.Spread(3.5, 2.0, 5.0)
+
+
+def test_ratios_are_of_one_round():
+    assert measure.ratios([4.0, 6.0, None, 8.0], [2.0, 2.0, 2.0, None]) == [2.0, 3.0]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Steps that take as long as they say."""
+    order = []
+
+    class Takes:
+        def __init__(self, name, seconds):
+            self.name, self.seconds = name, seconds
+
+        def __call__(self):
+            order.append(self.name)
+
+    def elapsed(step, device):
+        step()
+        return step.seconds
+
+    monkeypatch.setattr(measure, "elapsed", elapsed)
+    return Takes, order
+
+
+def test_steps_take_turns_and_slow_ones_stop_early(clock):
+    takes, order = clock
+    steps = {
+        "fast": takes("fast", 0.1),
+        "other": takes("other", 0.2),
+        "slow": takes("slow", 2.0),
+        "loop": takes("loop", 99.0),
+    }
+    times = measure.interleave(steps, CPU, seconds=8.0)
+    rounds = len(times["fast"])
+    assert rounds == int(2.0 * 2 / 0.3)
+    counted = {name: sum(value is not None for value in values) for name, values in times.items()}
+    assert counted == {"fast": rounds, "other": rounds, "slow": 3, "loop": 1}
+    assert order[8:16] == ["fast", "other", "slow", "loop", "other", "slow", "fast", "slow"]
+
+
+def test_at_least_five_rounds_whatever_they_cost(clock):
+    takes, _ = clock
+    times = measure.interleave({"a": takes("a", 50.0), "b": takes("b", 60.0)}, CPU, seconds=1.0)
+    assert len(times["a"]) == 5 and [value is not None for value in times["b"]] == [True] + [False] * 4
+
+
+def test_rotation_passes_the_cache():
+    assert measure.copies_past_cache(measure.LAST_LEVEL_CACHE // 4) == 4
+    assert measure.copies_past_cache(1) == 16
+    seen = []
+    step = measure.Rotation(seen.append, "abc")
+    for _ in range(4):
+        step()
+    assert seen == ["b", "c", "a", "b"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system tells no peak")
+def test_peak_memory_sees_what_is_gone_again():
+    peak = measure.peak_memory(lambda: torch.ones(16 << 20).sum(), CPU)
+    assert 60 << 20 < peak < 96 << 20
+
+
+def test_plan():
+    planned = run.plan(["loss", "noise"], None, [torch.float32], CPU)
+    assert planned[0] == ("loss", "paper", torch.float32) and ("noise", "features", torch.float32) in planned
+    assert run.plan(["loss", "noise"], ["wide"], [torch.float32], CPU) == [("loss", "wide", torch.float32)]
+    with pytest.raises(ValueError, match=r"shapes: expected some of .*paper.*, got 'huge'"):
+        run.plan(["loss"], ["huge"], [torch.float32], CPU)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Every op on a shape of few numbers, and plain PyTorch uncompiled."""
+    monkeypatch.setattr(cases, "LOSS", {"paper": (12, 6, 4)})
+    monkeypatch.setattr(cases, "MARGIN", {"imagenet": (4, 6, 5)})
+    monkeypatch.setattr(cases, "NOISE", {"paper": (2, 3, 4, 4), "features": (5, 6)})
+    monkeypatch.setattr(cases, "TRAIN_STEP", {"head-1000": 7})
+    ops = {"loss": ("paper",), "margin": ("imagenet",), "noise": ("paper", "features"), "train-step": ("head-1000",)}
+    monkeypatch.setattr(cases, "ON_CPU", ops)
+    monkeypatch.setattr(cases, "compiled", lambda function, device: {"compiled": function})
+    monkeypatch.setattr(run, "copy_rate", lambda device: 1e10)
+    monkeypatch.setattr(run, "matrix_rate", lambda device, dtype: 1e11)
+    monkeypatch.setattr(measure, "LAST_LEVEL_CACHE", 1)
+
+
+def invoke(*arguments):
+    app = typer.Typer()
+    app.command()(command.bench)
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+def test_command(tiny, tmp_path):
+    done = invoke("--device", "cpu", "--seconds", 0.01, "--dtype", "float32,bfloat16", "--out", tmp_path)
+    assert done.exit_code == 0, done.output
+    content = json.loads((tmp_path / "results.json").read_text())
+    found = {(row["op"], row["shape"], row["dtype"]) for row in content["rows"]}
+    assert len(found) == 10 and ("train-step", "head-1000", "bfloat16") in found
+    assert {"date", "device", "torch", "commit", "threads"} <= set(content["environment"])
+    loss = {row["implementation"]: row for row in content["rows"] if (row["op"], row["dtype"]) == ("loss", "float32")}
+    assert {"loop", "eager", "compiled"} <= set(loss)
+    for name in set(loss) - {"loop", "eager", "compiled"}:
+        assert loss[name]["speedup"]["over"] in ("loop", "eager", "compiled")
+        assert loss[name]["bytes"] == 7 * 12 * 6 * 4 and loss[name]["of_ceiling"] > 0
+    for chart in ("times.png", "times.svg"):
+        assert (tmp_path / chart).stat().st_size > 1000
+    for reason in content["unusable"].values():
+        assert reason and reason in done.output.replace("\n", " ")
+
+
+def test_interruption_keeps_what_was_measured(tiny, tmp_path, monkeypatch):
+    noise = cases.BUILDERS["noise"]
+
+    def interrupted(shape, *arguments):
+        if shape == "features":
+            raise KeyboardInterrupt
+        return noise(shape, *arguments)
+
+    monkeypatch.setitem(cases.BUILDERS, "noise", interrupted)
+    done = invoke("loss", "noise", "--device", "cpu", "--seconds", 0.01, "--out", tmp_path)
+    assert done.exit_code == 130 and "Interrupted after 2 of 3 tables" in done.output
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [key[:2] for key, _ in report.tables(rows)] == [("loss", "paper"), ("noise", "paper")]
+
+
+@pytest.mark.parametrize("arguments", [("lost",), ("--dtype", "int8"), ("--backends", "gpu")])
+def test_unknown_names(arguments, tiny, tmp_path):
+    done = invoke(*arguments, "--out", tmp_path)
+    assert isinstance(done.exception, ValueError) and "expected some of" in str(done.exception)
+
+
+def test_implementations_compute_the_same(tiny):
+    """What is compared is the same loss, with the same gradients."""
+    batch = cases.make_batch((30, 8, 5), torch.float64, CPU)
+    fresh = lambda: (*batch[:5], batch[5].clone(), batch[6].clone())  # noqa: E731
+    expected = cases.forward_backward(cases.loss_of("reference"), fresh())
+    others = [cases.loop_loss, *(cases.loss_of(name) for name in cases.usable(None, CPU)[0])]
+    for function in others:
+        for a, b in zip(cases.forward_backward(function, fresh()), expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_pages_are_what_the_results_say(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["make_docs.py", "--check"])
+    with pytest.raises(SystemExit) as done:
+        runpy.run_path(str(ROOT / "benchmarks" / "make_docs.py"), run_name="__main__")
+    assert done.value.code == 0
