@@ -1,73 +1,56 @@
-"""A table of speedups after every run of benchmarks, and its JSON where --results names one."""
+"""The regression gate: speedups measured now against those committed for the same instruction set."""
 
 import json
-import os
-import platform
-import subprocess
-from collections import defaultdict
 from pathlib import Path
 
+import pytest
 import torch
 
-import robustfast
+from robustfast.bench import cases, measure, report, run
 
-# What limits instruction sets: kernels', PyTorch's, its compiler's, its libraries'.
-LIMITS = ("ROBUSTFAST_CPU_ISA", "ATEN_CPU_CAPABILITY", "TORCHINDUCTOR_CPP_MARCH", "MKL_ENABLE_INSTRUCTIONS",
-          "ONEDNN_MAX_CPU_ISA")  # fmt: skip
-BASELINES = ("eager", "compiled", "loop_loss")
+RESULTS = Path(__file__).parent / "results"
+DROP = 0.2  # of a committed speedup, that fails
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--results", help="write the speedups to benchmarks/results/NAME.json")
+    parser.addoption("--seconds", type=float, default=6.0, help="to spend on each table")
 
 
-def speedups(benchmarks):
-    """{group: {implementation: best seconds}} with, for each kernel, its speedup over each baseline of the group."""
-    groups = defaultdict(dict)
-    for benchmark in benchmarks:
-        implementation = next(v for v in benchmark.params.values() if callable(v)).__name__
-        groups[benchmark.group][implementation] = {"seconds": benchmark.stats.min, "median": benchmark.stats.median}
-    for times in groups.values():
-        for name, entry in times.items():
-            if name not in BASELINES:
-                entry["speedup"] = {
-                    other: times[other]["seconds"] / entry["seconds"] for other in BASELINES if other in times
-                }
-    return dict(groups)
+@pytest.fixture(scope="session")
+def ceilings():
+    return run.Ceilings(DEVICE)
 
 
-def environment():
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    info: dict = {"torch": torch.__version__, "python": platform.python_version(), "commit": commit}
-    if limits := {name: os.environ[name] for name in LIMITS if name in os.environ}:
-        info |= {"limits": limits}
-    return info | {"threads": torch.get_num_threads(), "cores": os.cpu_count(), "processor": processor()}
+def committed(op, shape, dtype):
+    """{implementation: median speedup} of a table on a machine like this one, or nothing."""
+    here = measure.environment(DEVICE)
+    for path in RESULTS.glob("bench_*.json"):
+        content = json.loads(path.read_text())
+        where = content["environment"]
+        if all(where.get(key) == here.get(key) for key in ("instruction_set", "threads", "cuda")):
+            rows = (row for row in content["rows"] if (row["op"], row["shape"], row["dtype"]) == (op, shape, dtype))
+            return {row["implementation"]: row["speedup"]["median"] for row in rows if "speedup" in row}
+    return {}
 
 
-def processor():
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    if robustfast.backends()["cpu"] is None:
-        from robustfast import _C
+@pytest.fixture
+def gate(benchmark, ceilings, request, capsys):
+    """Measures a table, shows it, and fails where a kernel's speedup is less than 1 - DROP of the committed one."""
 
-        name += f", kernels use {_C.build_info()['instruction_set']}"
-    return name
+    def measure_table(op, shape, dtype=torch.float32):
+        names, _ = cases.usable(None, DEVICE)
+        case, rows = run.measure(op, shape, dtype, names, ceilings, request.config.getoption("--seconds"), graphs=True)
+        benchmark.group = report.title(rows[0])
+        benchmark.pedantic(case.steps[names[0]], rounds=5, warmup_rounds=1)
+        with capsys.disabled():
+            print(f"\n{report.title(rows[0])}")
+            for row in rows:
+                print("    " + "  ".join(f"{cell:>14}" for cell in report.cells(row)))
+        before = committed(op, shape, rows[0]["dtype"])
+        now = {row["implementation"]: row["speedup"]["median"] for row in rows if "speedup" in row}
+        benchmark.extra_info |= {"speedup": now, "committed": before}
+        slower = {name: (now[name], old) for name, old in before.items() if now.get(name, old) < (1 - DROP) * old}
+        assert not slower, f"speedup now and as committed: {slower}"
 
-
-def pytest_terminal_summary(terminalreporter, config):
-    session = getattr(config, "_benchmarksession", None)
-    if session is None or not session.benchmarks:
-        return
-    groups = speedups(session.benchmarks)
-    terminalreporter.section("speedups (best of the rounds)")
-    for group, times in groups.items():
-        terminalreporter.line(group)
-        for name, entry in times.items():
-            ratios = ", ".join(f"{ratio:.1f}x {other}" for other, ratio in entry.get("speedup", {}).items())
-            terminalreporter.line(f"    {name:10} {1e3 * entry['seconds']:10.3f} ms  {ratios}")
-    if name := config.getoption("--results"):
-        path = Path(__file__).parent / "results" / f"{name}.json"
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps({"environment": environment(), "groups": groups}, indent=1) + "\n")
-        partial.replace(path)
-        terminalreporter.line(f"written: {path}")
+    return measure_table

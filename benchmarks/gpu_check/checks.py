@@ -9,18 +9,12 @@ from functools import partial
 
 import torch
 
-from benchmarks.gpu_check.batches import (
-    forward_backward,
-    fresh,
-    in_float64,
-    loss_of,
-    make_batch,
-    relative_error,
-    same_bits,
-)
+from benchmarks.gpu_check.batches import fresh, in_float64, relative_error, same_bits
 from benchmarks.gpu_check.machine import ROOT, Machine
 from benchmarks.gpu_check.sizes import Sizes
 from robustfast import functional
+from robustfast.bench.cases import forward_backward, loss_of, make_batch
+from robustfast.bench.measure import captured
 
 Row = tuple[dict, Callable[[], dict]]  # what a row is about, and the measurement of the rest
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -33,7 +27,7 @@ def checks(machine: Machine, backend: str, sizes: Sizes) -> Iterator[Row]:
             yield about("accuracy", backend, size, dtype), partial(accuracy, backend, size, dtype, device)
     yield about("noise", backend), partial(noise, backend, device)
     for size in sizes.graph:
-        yield about("graph", backend, size), partial(graph, machine, backend, size)
+        yield about("graph", backend, size), partial(graph, backend, size)
     for size in sizes.stream:
         yield about("stream", backend, size), partial(stream, backend, size)
         yield about("second device", backend, size), partial(second_device, backend, size)
@@ -75,7 +69,7 @@ def noise(backend: str, device: str) -> dict:
     return {"same_words": same, "error_of_normals": error, "ok": same and error <= 1e-5}
 
 
-def graph(machine: Machine, backend: str, size) -> dict:
+def graph(backend: str, size) -> dict:
     """One graph replayed on three batches of other features, labels, classifiers and state, against eager steps."""
     static = make_batch(size, torch.float32, "cuda")
     results = []
@@ -83,7 +77,7 @@ def graph(machine: Machine, backend: str, size) -> dict:
     def step():
         results[:] = forward_backward(loss_of(backend), static)
 
-    replay = machine.graph(step)
+    replay = captured(step)
     same = True
     for seed in (1, 2, 3):
         batch = make_batch(size, torch.float32, "cuda", seed)
@@ -93,7 +87,7 @@ def graph(machine: Machine, backend: str, size) -> dict:
         same &= same_bits((*results, *static[5:]), (*eager, *batch[5:]))
     seed, x = torch.zeros((), dtype=torch.int64, device="cuda"), torch.rand(8, 100, device="cuda")
     noisy = []
-    replay = machine.graph(lambda: noisy.append(functional.gaussian_noise(x, 0.1, seed=seed, backend=backend)))
+    replay = captured(lambda: noisy.append(functional.gaussian_noise(x, 0.1, seed=seed, backend=backend)))
     for value in (1, 2**40):
         seed.fill_(value)
         replay()
@@ -133,7 +127,7 @@ def second_device(backend: str, size) -> dict:
 
 ASSERTION = """
 import sys, torch
-from benchmarks.gpu_check.batches import loss_of, make_batch
+from robustfast.bench.cases import loss_of, make_batch
 batch = make_batch((64, 128, 10), torch.float32, "cuda")
 batch[2][7] = 10
 loss_of(sys.argv[1])(*batch)

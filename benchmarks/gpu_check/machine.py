@@ -6,13 +6,14 @@ import os
 import platform
 import shutil
 import subprocess
-import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
 import torch
+
+from robustfast.bench import measure
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,11 +27,8 @@ class Machine:
 
     def measure_ceilings(self, copied_bytes: int, matrix: int) -> dict:
         """The bandwidth of a copy, bytes read and written, and the rate of a bfloat16 product of random matrices."""
-        a = torch.empty(copied_bytes, dtype=torch.uint8, device=self.device)
-        b = torch.randint(256, (copied_bytes,), dtype=torch.uint8, device=self.device)
-        self.copy_rate = 2 * copied_bytes / self.time(lambda: a.copy_(b))
-        m = torch.randn(matrix, matrix, device=self.device, dtype=torch.bfloat16)
-        self.matrix_rate = 2 * matrix**3 / self.time(lambda: m @ m)
+        self.copy_rate = measure.copy_rate(self.device, copied_bytes)
+        self.matrix_rate = measure.matrix_rate(self.device, torch.bfloat16, matrix)
         return {"copy_gbps": self.copy_rate / 1e9, "bf16_tflops": self.matrix_rate / 1e12}
 
     def time(self, *steps: Callable, rounds: int | None = None) -> float:
@@ -39,7 +37,7 @@ class Machine:
         for step in steps if rounds > 3 else steps[:1]:
             step()
         if not self.gpu:
-            return min(elapsed(step) for step in steps)
+            return min(measure.elapsed(step, self.device) for step in steps)
         events = [torch.cuda.Event(enable_timing=True) for _ in range(rounds + 1)]
         torch.cuda.synchronize()
         events[0].record()
@@ -49,19 +47,6 @@ class Machine:
         torch.cuda.synchronize()
         return median(a.elapsed_time(b) for a, b in pairwise(events)) / 1e3
 
-    def graph(self, step: Callable) -> Callable:
-        """The step captured in a CUDA graph; call it to replay."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
-        return graph.replay
-
     def kernels(self, step: Callable) -> dict[str, float]:
         """Microseconds of each kernel of a step, by PyTorch's profiler."""
         step()
@@ -70,12 +55,6 @@ class Machine:
             step()
             torch.cuda.synchronize()
         return {event.key[:120]: event.self_device_time_total for event in profile.key_averages()}
-
-
-def elapsed(step: Callable) -> float:
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
 
 
 def versions(device: str) -> dict:

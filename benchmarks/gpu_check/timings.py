@@ -8,14 +8,13 @@ from functools import partial
 
 import torch
 
-from benchmarks.baselines import loop_loss
-from benchmarks.gpu_check.batches import forward_backward, loss_of, make_batch
 from benchmarks.gpu_check.checks import Row
 from benchmarks.gpu_check.machine import Machine
 from benchmarks.gpu_check.sizes import Sizes
 from robustfast import functional
-
-NORMALIZATION = {"mean": (0.485, 0.456, 0.406), "pixel_std": (0.229, 0.224, 0.225)}
+from robustfast.bench.baselines import loop_loss
+from robustfast.bench.cases import NORMALIZATION, forward_backward, loss_of, make_batch
+from robustfast.bench.measure import captured, peak_memory
 
 
 def timings(machine: Machine, backend: str, sizes: Sizes) -> Iterator[Row]:
@@ -55,7 +54,7 @@ def time_loss(machine: Machine, name: str, size, dtype, loss: Callable, graph=Tr
         if form == "kernels":
             return {"kernels": machine.kernels(steps[0])}
         if form == "graph":
-            steps = [machine.graph(step) for step in steps]
+            steps = [captured(step) for step in steps]
         seconds = machine.time(*(steps[:1] if rounds else steps), rounds=rounds)
         return {"us": seconds * 1e6, "floor_us": floor * 1e6, "times_floor": seconds / floor}
 
@@ -74,11 +73,7 @@ def time_margin(machine: Machine, backend: str, size) -> dict:
         seconds = machine.time(lambda: loss(*batch), rounds=5)
     extra = None
     if machine.gpu:
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        grads = forward_backward(loss, batch)
-        extra = (torch.cuda.max_memory_allocated() - before - grads[3].nbytes) / 2**20
+        extra = (peak_memory(lambda: forward_backward(loss, batch), machine.device) - batch[3].nbytes) / 2**20
     whole = machine.time(lambda: forward_backward(loss, batch), rounds=5)
     rate = 4 * present * num_classes * dim / seconds
     return {"us": seconds * 1e6, "with_backward_us": whole * 1e6, "tflops": rate / 1e12,

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from robustfast.bench import cases, measure, report, run
+from robustfast.disk import write_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -57,7 +58,7 @@ def bench(
             case, rows = run.measure(op, shape, kind, names, ceilings, seconds, graphs)
             content["rows"] += rows
             content["ceilings"] = ceilings.as_json()
-            report.write_json(out / "results.json", content)
+            write_json(out / "results.json", content)
             progress.console.print(_table(rows))
             for name, note in case.notes.items():
                 progress.console.print(f"  {name}: not measured: {note}", style="dim", soft_wrap=True)

@@ -105,18 +105,18 @@ def ratios(peer: Sequence[float | None], ours: Sequence[float | None]) -> list[f
 # Ceilings.
 
 
-def copy_rate(device: torch.device) -> float:
+def copy_rate(device: torch.device, size: int | None = None) -> float:
     """Bytes read and written in a second by a copy of a tensor larger than any cache, in memory written before."""
-    size = (1 << 30) if device.type == "cuda" else (256 << 20)
+    size = size or (1 << 30 if device.type == "cuda" else 256 << 20)
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.ones_like(source)
     target.copy_(source)
     return 2 * size / min(elapsed(lambda: target.copy_(source), device) for _ in range(10))
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+def matrix_rate(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
     """Floating-point operations in a second of PyTorch's product of two square matrices."""
-    size = 8192 if device.type == "cuda" else 1024
+    size = size or (8192 if device.type == "cuda" else 1024)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     a @ b
     return 2 * size**3 / min(elapsed(lambda: a @ b, device) for _ in range(10))
@@ -133,6 +133,20 @@ class NullFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return None, None, *ctx.grads
+
+
+def captured(step: Step) -> Step:
+    """The step in a CUDA graph; call it to replay."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 # Memory.

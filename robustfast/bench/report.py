@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -11,14 +10,6 @@ from typing import Any
 Row = dict[str, Any]
 COLOURS = {"loop": "#b0b0b0", "eager": "#8a8a8a", "compiled": "#5f6b7a", "max-autotune": "#39424e"}
 OURS = "#1f6feb"
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write beside, then rename: an interrupted write leaves the file as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(path)
 
 
 def tables(rows: Iterable[Row]) -> list[tuple[tuple[str, str, str], list[Row]]]:

@@ -10,7 +10,7 @@ import torch
 
 from robustfast.bench import cases
 from robustfast.bench.cases import Case
-from robustfast.bench.measure import Spread, Step, copy_rate, interleave, matrix_rate, peak_memory, ratios
+from robustfast.bench.measure import Spread, captured, copy_rate, interleave, matrix_rate, peak_memory, ratios
 
 Row = dict[str, Any]
 
@@ -35,20 +35,6 @@ class Ceilings:
     def as_json(self) -> dict[str, Any]:
         rates = {str(dtype).removeprefix("torch."): rate / 1e9 for dtype, rate in self.matrix.items()}
         return {"copy_gb_per_s": self.copy / 1e9, "matrix_gflop_per_s": rates}
-
-
-def captured(step: Step) -> Step:
-    """The step in a CUDA graph; call it to replay."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
 
 
 def rows_of(case: Case, ceilings: Ceilings, seconds: float, graphs: bool = False) -> list[Row]:
