@@ -1,4 +1,4 @@
-"""The command line: ``robustfast train``, ``robustfast evaluate`` and ``robustfast demo``."""
+"""The command line: ``robustfast train``, ``evaluate``, ``demo`` and ``bench``."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ try:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
         from rich.table import Table
 
+        from robustfast.bench.command import bench
         from robustfast.evaluation import saved
         from robustfast.training import Config, comparison, files, loop, presets
         from robustfast.training.config import METHODS
@@ -35,6 +36,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(bench)
 console = Console()
 
 
