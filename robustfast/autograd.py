@@ -50,12 +50,15 @@ class DiscriminativeLossFunction(torch.autograd.Function):
     """(loss, terms): the scalar, and (variance, margin, regularization, compactness, alignment) without gradient."""
 
     @staticmethod
-    def forward(ctx, backend, input, input_noise, target, weight, bias, centroids, seen, *settings):
+    def forward(
+        ctx, backend, input, input_noise, target, weight, bias, centroids, seen, settings, norm, update_state,
+        ignore_index,
+    ):  # fmt: skip
         loss, terms, *saved = ops(backend).discriminative_loss(
-            input, input_noise, target, weight, bias, centroids, seen, *settings
+            input, input_noise, target, weight, bias, centroids, seen, settings, None, norm, update_state, ignore_index
         )
         ctx.save_for_backward(input, input_noise, weight, bias, *saved)
-        ctx.backend, ctx.norm = backend, settings[2]
+        ctx.backend, ctx.norm = backend, norm
         ctx.mark_non_differentiable(terms)
         ctx.set_materialize_grads(False)  # no zeros for the gradient of the terms
         return loss, terms
@@ -67,9 +70,13 @@ class DiscriminativeLossFunction(torch.autograd.Function):
         if grad_loss is None:
             return (None,) * len(needs)
         wanted = [needs[1], needs[2], needs[4], needs[5]]
-        grads = ops(ctx.backend).discriminative_loss_backward(grad_loss, *ctx.saved_tensors, ctx.norm, wanted)
-        d_input, d_noise, d_weight, d_bias = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
-        return None, d_input, d_noise, None, d_weight, d_bias, *(None,) * (len(needs) - 6)
+        input, input_noise, weight, bias, *saved = ctx.saved_tensors
+        bias_dtype = weight.dtype if bias is None else bias.dtype
+        grads = ops(ctx.backend).discriminative_loss_backward(
+            grad_loss, input, input_noise, *saved, weight.shape[0], weight.dtype, bias_dtype, ctx.norm, wanted
+        )
+        grads = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
+        return None, *grads[:2], None, *grads[2:], *(None,) * (len(needs) - 6)
 
 
 class NoiseFunction(torch.autograd.Function):

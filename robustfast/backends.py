@@ -10,6 +10,9 @@ from types import SimpleNamespace
 
 import torch
 
+from robustfast.ops import OPS, define
+
+define("robustfast")
 try:
     import robustfast._C as _C
 
@@ -17,18 +20,7 @@ try:
 except ImportError as error:
     _no_extension = f"the compiled extension robustfast._C cannot be imported: {error}"
 
-# An op of a backend: OP_NAMES of the library that its ops are registered in.
-OP_NAMES = (
-    "discriminative_loss",
-    "discriminative_loss_backward",
-    "gaussian_noise",
-    "gaussian_noise_backward",
-    "uniform_noise",
-    "uniform_noise_backward",
-    "noisy_pair",
-    "noisy_pair_backward",
-    "philox_words",
-)
+# A backend's ops are those of this library.
 LIBRARIES = {"cuda": "robustfast", "triton": "robustfast_triton", "cpu": "robustfast"}
 # What "auto" tries on a device type, fastest first.
 AUTO = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
@@ -119,7 +111,7 @@ def _load(backend: str) -> SimpleNamespace:
     if backend == "triton":
         import robustfast.triton_ops  # noqa: F401  registers its library, and only now imports triton
     library = getattr(torch.ops, LIBRARIES[backend])
-    _loaded[backend] = SimpleNamespace(**{name: getattr(library, name).default for name in OP_NAMES})
+    _loaded[backend] = SimpleNamespace(**{name: getattr(library, name).default for name in OPS})
     return _loaded[backend]
 
 

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from robustfast.reference import Settings
+
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LABELS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def state_dtype(input: Tensor) -> torch.dtype:
+def wide_dtype(input: Tensor) -> torch.dtype:
     """The dtype of statistics and state: float64 for float64 features, float32 for all others."""
     return torch.float64 if input.dtype == torch.float64 else torch.float32
 
@@ -33,9 +35,9 @@ def discriminative_loss(input, input_noise, target, weight, bias, centroids, see
     classes = weight.shape[0]
     _shape("weight", weight, (classes, dim), input)
     if bias is not None:
-        _dtype("bias", bias, (weight.dtype,))
+        _dtype("bias", bias, FLOATING)
         _shape("bias", bias, (classes,), input)
-    _dtype("centroids", centroids, (state_dtype(input),))
+    _dtype("centroids", centroids, (wide_dtype(input),))
     _shape("centroids", centroids, (classes, dim), input)
     _dtype("seen", seen, (torch.bool,))
     _shape("seen", seen, (classes,), input)
@@ -43,18 +45,12 @@ def discriminative_loss(input, input_noise, target, weight, bias, centroids, see
         raise ValueError("centroids, seen: expected contiguous tensors, which the step can write to")
 
 
-def loss_settings(delta_var, delta_dist, norm, alpha, beta, gamma, momentum) -> None:
+def loss_settings(settings: Settings, norm: int) -> None:
     if norm not in (1, 2):
         raise ValueError(f"norm: expected 1 or 2, got {norm!r}")
-    if not 0 <= momentum <= 1:
-        raise ValueError(f"momentum: expected a number from 0 to 1, got {momentum!r}")
-    for name, value in (
-        ("delta_var", delta_var),
-        ("delta_dist", delta_dist),
-        ("alpha", alpha),
-        ("beta", beta),
-        ("gamma", gamma),
-    ):
+    if not 0 <= settings.momentum <= 1:
+        raise ValueError(f"momentum: expected a number from 0 to 1, got {settings.momentum!r}")
+    for name, value in settings._asdict().items():
         if not math.isfinite(value):
             raise ValueError(f"{name}: expected a finite number, got {value!r}")
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from robustfast import autograd, checks, reference
 from robustfast.backends import home, ops, resolve
-from robustfast.reference import Terms
+from robustfast.reference import Settings, Terms
 
 __all__ = ["Terms", "discriminative_loss", "gaussian_noise", "noisy_pair", "philox_words", "uniform_noise"]
 
@@ -73,35 +73,17 @@ def discriminative_loss(
         RuntimeError: the backend asked for is not usable here.
     """
     checks.discriminative_loss(input, input_noise, target, weight, bias, centroids, seen)
-    checks.loss_settings(delta_var, delta_dist, norm, alpha, beta, gamma, momentum)
+    settings = Settings(delta_var, delta_dist, alpha, beta, gamma, momentum)
+    checks.loss_settings(settings, norm)
     chosen = resolve(backend, input.device.type, "discriminative_loss")
     tensors = (input, input_noise, target, weight, bias, centroids, seen)
     if chosen == "reference":
         checks.labels(target, weight.shape[0], ignore_index)
         return reference.discriminative_loss(
-            *tensors,
-            delta_var=delta_var,
-            delta_dist=delta_dist,
-            norm=norm,
-            alpha=alpha,
-            beta=beta,
-            gamma=gamma,
-            momentum=momentum,
-            update_state=update_state,
-            ignore_index=ignore_index,
+            *tensors, norm=norm, update_state=update_state, ignore_index=ignore_index, **settings._asdict()
         )
     loss, terms = autograd.DiscriminativeLossFunction.apply(
-        chosen,
-        *tensors,
-        delta_var,
-        delta_dist,
-        norm,
-        alpha,
-        beta,
-        gamma,
-        momentum,
-        update_state and torch.is_grad_enabled(),
-        ignore_index,
+        chosen, *tensors, settings, norm, update_state and torch.is_grad_enabled(), ignore_index
     )
     return Terms(loss, *terms.unbind())
 

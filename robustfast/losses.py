@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from robustfast import checks, distributed, functional
-from robustfast.reference import Terms
+from robustfast.reference import Settings, Terms
 
 
 class DiscriminativeLoss(nn.Module):
@@ -59,7 +59,7 @@ class DiscriminativeLoss(nn.Module):
             raise ValueError(f"num_classes: expected at least 2, got {num_classes!r}")
         if dim < 1:
             raise ValueError(f"dim: expected at least 1, got {dim!r}")
-        checks.loss_settings(delta_var, delta_dist, norm, alpha, beta, gamma, momentum)
+        checks.loss_settings(Settings(delta_var, delta_dist, alpha, beta, gamma, momentum), norm)
         self.num_classes, self.dim = num_classes, dim
         self.delta_var, self.delta_dist, self.norm = delta_var, delta_dist, norm
         self.alpha, self.beta, self.gamma, self.momentum = alpha, beta, gamma, momentum

@@ -13,6 +13,17 @@ import torch
 from torch import Tensor
 
 
+class Settings(NamedTuple):
+    """The numbers that a loss is made with, in the one order in which they go down to the kernels."""
+
+    delta_var: float = 0.5
+    delta_dist: float = 3.0
+    alpha: float = 1.0
+    beta: float = 1.0
+    gamma: float = 0.001
+    momentum: float = 0.99
+
+
 class Terms(NamedTuple):
     """The loss and what it is made of, 0-d tensors in float32 (float64 for float64 features).
 
@@ -36,28 +47,24 @@ def discriminative_loss(
     centroids: Tensor,
     seen: Tensor,
     *,
-    delta_var: float = 0.5,
-    delta_dist: float = 3.0,
     norm: int = 2,
-    alpha: float = 1.0,
-    beta: float = 1.0,
-    gamma: float = 0.001,
-    momentum: float = 0.99,
     update_state: bool = True,
     ignore_index: int = -100,
+    **settings: float,
 ) -> Terms:
-    """See :func:`robustfast.functional.discriminative_loss`."""
+    """See :func:`robustfast.functional.discriminative_loss`; ``settings`` are those of :class:`Settings`."""
+    s = Settings(**settings)
     with torch.autocast(input.device.type, enabled=False):
         dtype = centroids.dtype
         features, weight = input.to(dtype), weight.to(dtype)
         noisy = None if input_noise is None else input_noise.to(dtype)
         bias = None if bias is None else bias.to(dtype)
         rows = group(target, weight.shape[0], ignore_index)
-        mu, momentum_mu = class_centroids(features, rows, centroids, seen, momentum)
-        variance_, compactness, alignment = variance(features, noisy, momentum_mu, rows, delta_var, norm)
-        margin_ = margin(mu, weight, bias, rows, delta_dist)
+        mu, momentum_mu = class_centroids(features, rows, centroids, seen, s.momentum)
+        variance_, compactness, alignment = variance(features, noisy, momentum_mu, rows, s.delta_var, norm)
+        margin_ = margin(mu, weight, bias, rows, s.delta_dist)
         regularization_ = regularization(momentum_mu, rows, norm)
-        loss = alpha * variance_ + beta * margin_ + gamma * regularization_
+        loss = s.alpha * variance_ + s.beta * margin_ + s.gamma * regularization_
         if update_state and torch.is_grad_enabled():
             write_state(momentum_mu.detach(), rows, centroids, seen)
     return Terms(loss, *(term.detach() for term in (variance_, margin_, regularization_, compactness, alignment)))

@@ -32,7 +32,9 @@ def golden_steps(case, dtype, device="cpu"):
         yield (f, g, expected.pop("target").to(device), weight, bias, *state), keywords, expected
 
 
-def random_case(n=50, dim=12, classes=7, *, dtype=torch.float32, weight_dtype=None, seed=0, seen=0.5, device="cpu"):
+def random_case(
+    n=50, dim=12, classes=7, *, dtype=torch.float32, weight_dtype=None, bias_dtype=None, seed=0, seen=0.5, device="cpu"
+):
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -46,7 +48,7 @@ def random_case(n=50, dim=12, classes=7, *, dtype=torch.float32, weight_dtype=No
         (f + 0.3 * normal(n, dim)).to(dtype),
         torch.randint(classes, (n,), generator=generator),
         normal(classes, dim).to(weight_dtype),
-        normal(classes).to(weight_dtype),
+        normal(classes).to(bias_dtype or weight_dtype),
         normal(classes, dim).to(wide),
         torch.rand(classes, generator=generator) < seen,
     )

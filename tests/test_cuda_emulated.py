@@ -13,6 +13,7 @@ from loss_cases import GOLDEN, assert_close, golden_steps, random_case, run
 
 from robustfast import functional
 from robustfast.backends import LIBRARIES, why_not
+from robustfast.ops import define
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 HALF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -24,6 +25,7 @@ def emulated(tmp_path_factory):
     if why_not("cpu") is not None:
         pytest.skip("backends other than the reference need robustfast._C")
     torch.ops.load_library(build(tmp_path_factory.mktemp("cuda_emulation")))
+    define("robustfast_emulated")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(LIBRARIES, "emulated", "robustfast_emulated")
         yield
@@ -62,8 +64,10 @@ def test_sizes(n, dim, classes, dtype, norm):
 
 @pytest.mark.parametrize("n", [40, 600])
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_weight_of_another_dtype(n, weight_dtype):
-    assert_matches_float64(random_case(n, 24, 20, dtype=torch.float16, weight_dtype=weight_dtype))
+@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.bfloat16])
+def test_weight_and_bias_of_other_dtypes(n, weight_dtype, bias_dtype):
+    options = dict(dtype=torch.float16, weight_dtype=weight_dtype, bias_dtype=bias_dtype)
+    assert_matches_float64(random_case(n, 24, 20, **options))
 
 
 @pytest.mark.parametrize("n", [40, 600])

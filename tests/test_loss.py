@@ -13,6 +13,7 @@ from loss_cases import GOLDEN, assert_close, golden_steps, random_case, run
 
 from robustfast import backends, functional, reference
 from robustfast.backends import home, ops
+from robustfast.reference import Settings
 
 KERNELS = [name for name in USABLE if name != "reference"]
 WIDE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -149,25 +150,28 @@ def test_kernels_are_the_reference(n, dim, classes, present, norm, noise, bias, 
         assert_close(run(moved, backend, **keywords), expected, 1e-9, absolute=1e-12)
 
 
-@pytest.mark.parametrize(
-    "dtype, weight_dtype",
-    [
-        (torch.float32, torch.float32),
-        (torch.bfloat16, torch.bfloat16),
-        (torch.float16, torch.float16),
-        (torch.float16, torch.float32),
-        (torch.bfloat16, torch.float32),
-        (torch.float32, torch.float64),
-    ],
-)
+# Of the features, the weight and the bias.
+MIXED = [
+    (torch.float32, torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16, torch.float16),
+    (torch.float16, torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16, torch.float32),
+    (torch.float32, torch.float64, torch.float16),
+]
+
+
+@pytest.mark.parametrize("dtypes", MIXED)
 @pytest.mark.parametrize("norm", [1, 2])
-def test_narrow_dtypes_against_float64(dtype, weight_dtype, norm, backend, device):
-    tensors = random_case(200, 96, 130, dtype=dtype, weight_dtype=weight_dtype, seed=3, device=device)
+def test_narrow_dtypes_against_float64(dtypes, norm, backend, device):
+    dtype, weight_dtype, bias_dtype = dtypes
+    options = dict(dtype=dtype, weight_dtype=weight_dtype, bias_dtype=bias_dtype, seed=3, device=device)
+    tensors = random_case(200, 96, 130, **options)
     keywords = dict(norm=norm, delta_var=1.0, gamma=0.1)
     actual = run(tensors, backend, **keywords)
     exact = run([t if t.dtype in (torch.int64, torch.bool) else t.double() for t in tensors], "reference", **keywords)
     assert actual["grad_input"].dtype == actual["grad_input_noise"].dtype == dtype
-    assert actual["grad_weight"].dtype == actual["grad_bias"].dtype == weight_dtype
+    assert (actual["grad_weight"].dtype, actual["grad_bias"].dtype) == (weight_dtype, bias_dtype)
     assert actual["loss"].dtype == actual["centroids"].dtype == torch.float32
     for name, value in exact.items():
         if value.dtype == torch.bool:
@@ -308,7 +312,7 @@ def test_labels_out_of_range(label):
         ("weight", lambda t: t[:1], ValueError, r"weight: .* at least 2 classes, got \(1, 12\)"),
         ("weight", lambda t: t[:, 1:], ValueError, r"weight: expected shape \(7, 12\), got \(7, 11\)"),
         ("weight", lambda t: t.tolist(), TypeError, "weight: expected a tensor, got list"),
-        ("bias", lambda t: t.double(), TypeError, "bias: expected torch.float32, got torch.float64"),
+        ("bias", lambda t: t.long(), TypeError, "bias: expected torch.float32 or .*, got torch.int64"),
         ("bias", lambda t: t[1:], ValueError, r"bias: expected shape \(7,\), got \(6,\)"),
         ("centroids", lambda t: t.double(), TypeError, "centroids: expected torch.float32, got torch.float64"),
         ("centroids", lambda t: t.t().contiguous().t(), ValueError, "centroids, seen: expected contiguous"),
@@ -343,19 +347,36 @@ def test_a_backend_that_cannot_run_says_why():
 
 
 @pytest.mark.parametrize("noise", [True, False])
-def test_opcheck(noise, backend, device):
+@pytest.mark.parametrize("dtypes", MIXED)
+def test_opcheck(dtypes, noise, backend, device):
     if backend == "reference":
         pytest.skip("the reference registers no ops")
-    f, g, target, weight, bias, centroids, seen = random_case(12, 6, 4, device=device)
+    dtype, weight_dtype, bias_dtype = dtypes
+    options = dict(dtype=dtype, weight_dtype=weight_dtype, bias_dtype=bias_dtype, device=device)
+    f, g, target, weight, bias, centroids, seen = random_case(12, 6, 4, **options)
     g, bias = (g, bias) if noise else (None, None)
-    registered, scalars = ops(backend), (0.5, 3.0, 2, 1.0, 1.0, 0.001, 0.99, True, -100)
+    registered, scalars = ops(backend), (list(Settings()), None, 2, True, -100)
     # Rows of the tables that no class takes are not written, so that runs differ there: every class is present here.
     target = torch.arange(12, device=device) % 4
     torch.library.opcheck(registered.discriminative_loss, (f, g, target, weight, bias, centroids, seen, *scalars))
     _, _, *saved = registered.discriminative_loss(f, g, target, weight, bias, centroids, seen, *scalars)
-    wanted = [True, noise, True, noise]
-    arguments = (torch.tensor(1.0, device=device), f, g, weight, bias, *saved, 2, wanted)
-    torch.library.opcheck(registered.discriminative_loss_backward, arguments)
+    for wanted in ([True, noise, True, noise], [False, False, True, False], [True, False, False, False], [False] * 4):
+        arguments = (torch.tensor(1.0, device=device), f, g, *saved, 4, weight_dtype, bias_dtype, 2, wanted)
+        torch.library.opcheck(registered.discriminative_loss_backward, arguments)
+        grads = registered.discriminative_loss_backward(*arguments)
+        assert [grad.dtype for grad in grads] == [dtype, dtype, weight_dtype, bias_dtype]
+        assert [grad.numel() > 0 for grad in grads] == wanted
+
+
+def test_settings_of_a_compiled_graph(backend, device):
+    """`scheduled` stands in the place of `settings`."""
+    if backend == "reference":
+        pytest.skip("the reference registers no ops")
+    tensors, settings = random_case(device=device), [0.4, 2.0, 0.9, 1.1, 0.2, 0.8]
+    rest = (2, False, -100)
+    given = ops(backend).discriminative_loss(*tensors, settings, None, *rest)
+    scheduled = ops(backend).discriminative_loss(*tensors, [], torch.tensor(settings, dtype=torch.float64), *rest)
+    assert all(torch.equal(a, b) for a, b in zip(given, scheduled, strict=True))
 
 
 class Classifier(torch.nn.Module):

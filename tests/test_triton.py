@@ -14,12 +14,13 @@ from loss_cases import GOLDEN, assert_close, golden_steps, random_case, run
 
 from robustfast import functional
 from robustfast.backends import backends, ops
+from robustfast.reference import Settings
 from robustfast.triton_ops import grouping, loss, margin, rows
 
 pytestmark = pytest.mark.skipif(backends()["triton"] is not None, reason=str(backends()["triton"]))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-SETTINGS = (0.5, 3.0, 2, 1.0, 1.0, 1e-3, 0.99, True, -100)
+SETTINGS = (list(Settings()), None, 2, True, -100)
 OPS = ops("triton") if backends()["triton"] is None else None
 
 
@@ -114,6 +115,11 @@ def test_tiles_as_they_are(dtype):
     tensors = random_case(70, 64, 130, dtype=dtype, device=DEVICE)
     relative = {torch.float64: 1e-10, torch.float32: 1e-5}.get(dtype, 1e-3)
     assert_matches_float64(tensors, relative)
+
+
+@pytest.mark.parametrize("bias_dtype", DTYPES, ids=str)
+def test_bias_of_another_dtype(bias_dtype):
+    assert_matches_float64(random_case(20, 16, 8, weight_dtype=torch.float32, bias_dtype=bias_dtype, device=DEVICE))
 
 
 @pytest.mark.parametrize("with_noise, with_bias", [(False, True), (True, False)])
@@ -279,10 +285,11 @@ def test_gradients_not_wanted_are_not_computed():
     tensors = random_case(20, 6, 5, device=DEVICE)
     value, _, *saved = OPS.discriminative_loss(*tensors, *SETTINGS)
     f, g, _, w, b, *_ = tensors
-    every = OPS.discriminative_loss_backward(value, f, g, w, b, *saved, 2, [True] * 4)
+    dtypes = 5, w.dtype, b.dtype
+    every = OPS.discriminative_loss_backward(value, f, g, *saved, *dtypes, 2, [True] * 4)
     for i in range(4):
         wanted = [i == j for j in range(4)]
-        some = OPS.discriminative_loss_backward(value, f, g, w, b, *saved, 2, wanted)
+        some = OPS.discriminative_loss_backward(value, f, g, *saved, *dtypes, 2, wanted)
         assert [grad.numel() > 0 for grad in some] == wanted
         assert torch.equal(some[i], every[i])
 
@@ -293,7 +300,9 @@ def test_opcheck_loss(dtype):
     f, g, _, w, b, *_ = tensors
     torch.library.opcheck(OPS.discriminative_loss, (*tensors, *SETTINGS))
     value, _, *saved = OPS.discriminative_loss(*tensors, *SETTINGS)
-    torch.library.opcheck(OPS.discriminative_loss_backward, (value, f, g, w, b, *saved, 2, [True, True, True, False]))
+    torch.library.opcheck(
+        OPS.discriminative_loss_backward, (value, f, g, *saved, 5, w.dtype, b.dtype, 2, [True, True, True, False])
+    )
 
 
 def test_opcheck_noise():

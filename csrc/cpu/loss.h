@@ -67,6 +67,6 @@ void variance_backward(const LossGrads<Wide>& grads, bool noisy, void* grad);
 
 // d loss / d weight (num_classes, dim) and d loss / d bias (num_classes,), contiguous; either may be null.
 template <class Wide>
-void margin_backward(const LossGrads<Wide>& grads, Dtype dtype, void* grad_weight, void* grad_bias);
+void margin_backward(const LossGrads<Wide>& grads, const Output& grad_weight, const Output& grad_bias);
 
 }  // namespace robustfast

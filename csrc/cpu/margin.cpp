@@ -23,11 +23,11 @@ template float margin(const Loss<float>&);
 template double margin(const Loss<double>&);
 
 template <class Wide>
-void margin_backward(const LossGrads<Wide>& grads, Dtype dtype, void* grad_weight, void* grad_bias) {
-  RF_DISPATCH(margin_backward, grads, dtype, grad_weight, grad_bias);
+void margin_backward(const LossGrads<Wide>& grads, const Output& grad_weight, const Output& grad_bias) {
+  RF_DISPATCH(margin_backward, grads, grad_weight, grad_bias);
 }
-template void margin_backward(const LossGrads<float>&, Dtype, void*, void*);
-template void margin_backward(const LossGrads<double>&, Dtype, void*, void*);
+template void margin_backward(const LossGrads<float>&, const Output&, const Output&);
+template void margin_backward(const LossGrads<double>&, const Output&, const Output&);
 
 }  // namespace robustfast
 
@@ -138,7 +138,10 @@ struct Search {
   }
 
   const T* weight(int64_t i) const { return loss.weight.template row<T>(i); }
-  F bias(int64_t i) const { return loss.bias ? F(to_float(*loss.bias.template row<T>(i))) : F(0); }
+  F bias(int64_t i) const {
+    if (!loss.bias) return F(0);
+    return visit(loss.bias.dtype, [&](auto zero) { return F(to_float(*loss.bias.template row<decltype(zero)>(i))); });
+  }
   const F* mu(int64_t row) const { return loss.boundary_grad + row * dim; }
   const F* wide_row(int64_t row) const {
     if constexpr (std::is_same_v<T, F>) {
@@ -435,13 +438,14 @@ void bias_backward(const LossGrads<F>& grads, const std::vector<Share>& shares, 
 }
 
 template <class Wide>
-void margin_backward(const LossGrads<Wide>& grads, Dtype dtype, void* grad_weight, void* grad_bias) {
+void margin_backward(const LossGrads<Wide>& grads, const Output& grad_weight, const Output& grad_bias) {
   const std::vector<Share> shares = shares_by_class(grads);
-  visit(dtype, [&](auto type) {
-    using T = decltype(type);
-    if (grad_weight != nullptr) weight_backward(grads, shares, static_cast<T*>(grad_weight));
-    if (grad_bias != nullptr) bias_backward(grads, shares, static_cast<T*>(grad_bias));
-  });
+  if (grad_weight.data) {
+    visit(grad_weight.dtype, [&](auto zero) { weight_backward(grads, shares, grad_weight.row<decltype(zero)>(0)); });
+  }
+  if (grad_bias.data) {
+    visit(grad_bias.dtype, [&](auto zero) { bias_backward(grads, shares, grad_bias.row<decltype(zero)>(0)); });
+  }
 }
 
 }  // namespace RF_ISA

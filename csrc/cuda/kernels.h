@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "common/loss.h"
 #include "common/matrix.h"
 #include "common/noise.h"
 
@@ -17,9 +18,8 @@ struct LossParams {
   int64_t n, dim, num_classes;
   void* centroids;
   bool* seen;
-  double delta_var, delta_dist;
+  Settings settings;
   int64_t norm;
-  double alpha, beta, gamma, momentum;
   bool update_state;
   int64_t ignore_index;
   void *loss, *terms;
@@ -39,8 +39,7 @@ struct LossBackwardParams {
   const void* boundary_bias;
   int64_t norm;
   void *grad_input, *grad_input_noise;  // null where not wanted
-  Dtype weight_dtype;
-  void *grad_weight, *grad_bias;
+  Output grad_weight, grad_bias;
 };
 
 // `scratch` holds as many bytes as the function of the same parameters says, aligned to 16; nobody reads it afterwards.

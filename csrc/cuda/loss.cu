@@ -66,14 +66,13 @@ cudaError_t large_backward(const LossBackwardParams& p, void* scratch, cudaStrea
   const LossGrads<Wide> a(p);
   cudaError_t error = cudaSuccess;
   if (p.grad_input || p.grad_input_noise) error = variance_backward(a, p.input.dtype, p.norm, stream);
-  const size_t element = size_of(p.weight_dtype);
-  if (error == cudaSuccess && p.grad_weight) {
-    error = cudaMemsetAsync(p.grad_weight, 0, size_t(p.num_classes * p.dim) * element, stream);
-  }
-  if (error == cudaSuccess && p.grad_bias) {
-    error = cudaMemsetAsync(p.grad_bias, 0, size_t(p.num_classes) * element, stream);
-  }
-  if (error != cudaSuccess || p.n == 0 || !(p.grad_weight || p.grad_bias)) return error;
+  const auto clear = [&](const Output& grad, int64_t elements) {
+    if (error != cudaSuccess || !grad.data) return;
+    error = cudaMemsetAsync(grad.data, 0, size_t(elements) * size_of(grad.dtype), stream);
+  };
+  clear(p.grad_weight, p.num_classes * p.dim);
+  clear(p.grad_bias, p.num_classes);
+  if (error != cudaSuccess || p.n == 0 || !(p.grad_weight.data || p.grad_bias.data)) return error;
   return margin_backward(a, scratch, stream);
 }
 
@@ -124,7 +123,7 @@ cudaError_t discriminative_loss(const LossParams& p, void* scratch, cudaStream_t
 }
 
 size_t discriminative_loss_backward_scratch(const LossBackwardParams& p) {
-  if (small_backward(p) || !(p.grad_weight || p.grad_bias)) return 0;
+  if (small_backward(p) || !(p.grad_weight.data || p.grad_bias.data)) return 0;
   size_t bytes = 0;
   for_wide(p.input.dtype, [&]<class Wide>(Wide) {
     bytes = margin_backward_scratch(LossGrads<Wide>(p));

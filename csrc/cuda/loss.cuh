@@ -37,12 +37,12 @@ struct Loss {
         capacity(p.n < p.num_classes ? p.n : p.num_classes),
         centroids(static_cast<Wide*>(p.centroids)),
         seen(p.seen),
-        delta_var(Wide(p.delta_var)),
-        delta_dist(Wide(p.delta_dist)),
-        alpha(Wide(p.alpha)),
-        beta(Wide(p.beta)),
-        gamma(Wide(p.gamma)),
-        momentum(Wide(p.momentum)),
+        delta_var(Wide(p.settings.delta_var)),
+        delta_dist(Wide(p.settings.delta_dist)),
+        alpha(Wide(p.settings.alpha)),
+        beta(Wide(p.settings.beta)),
+        gamma(Wide(p.settings.gamma)),
+        momentum(Wide(p.settings.momentum)),
         update_state(p.update_state),
         ignore_index(p.ignore_index),
         loss(static_cast<Wide*>(p.loss)),
@@ -70,8 +70,7 @@ struct LossGrads {
   const int32_t *classes, *winner;
   const Wide* boundary_bias;
   void *grad_input, *grad_input_noise;
-  Dtype weight_dtype;
-  void *grad_weight, *grad_bias;
+  Output grad_weight, grad_bias;
 
   explicit LossGrads(const LossBackwardParams& p)
       : grad_loss(static_cast<const Wide*>(p.grad_loss)),
@@ -91,7 +90,6 @@ struct LossGrads {
         boundary_bias(static_cast<const Wide*>(p.boundary_bias)),
         grad_input(p.grad_input),
         grad_input_noise(p.grad_input_noise),
-        weight_dtype(p.weight_dtype),
         grad_weight(p.grad_weight),
         grad_bias(p.grad_bias) {}
 };
@@ -108,8 +106,8 @@ RF_DEVICE Wide element(const Matrix& matrix, int64_t i, int64_t j) {
 }
 
 template <class Wide>
-RF_DEVICE void set_element(void* data, Dtype dtype, int64_t i, Wide value) {
-  visit(dtype, [&](auto zero) { static_cast<decltype(zero)*>(data)[i] = from_float<decltype(zero)>(value); });
+RF_DEVICE void set_element(const Output& output, int64_t i, Wide value) {
+  visit(output.dtype, [&](auto zero) { output.row<decltype(zero)>(0)[i] = from_float<decltype(zero)>(value); });
 }
 
 RF_DEVICE int64_t label_of(const Matrix& target, int64_t i) {

@@ -35,7 +35,7 @@ struct ColumnSide {
   Wide bias, square;
 
   RF_DEVICE ColumnSide(const Loss<Wide>& a, const Workspace<Wide>& w, int64_t i)
-      : bias(i < a.num_classes && a.bias.data ? Wide(to_float(*row_of<W>(a.bias, i))) : Wide(0)),
+      : bias(i < a.num_classes && a.bias.data ? element<Wide>(a.bias, i, 0) : Wide(0)),
         square(i < a.num_classes ? w.square[i] : Wide(0)) {}
 };
 
@@ -63,7 +63,7 @@ RF_DEVICE bool score_directly(const Loss<Wide>& a, int64_t row, int64_t i, Wide&
     square += normal * normal;
   }
   logit = lanes_sum(logit), square = lanes_sum(square);
-  if (a.bias.data) logit += Wide(to_float(*row_of<W>(a.bias, i))) - Wide(to_float(*row_of<W>(a.bias, c)));
+  if (a.bias.data) logit += element<Wide>(a.bias, i, 0) - element<Wide>(a.bias, c, 0);
   score = logit / square_root(square);
   return square != Wide(0);
 }
@@ -394,9 +394,9 @@ __global__ void __launch_bounds__(margin_threads, 4)
     if (parts == 1) sum = weight_sum(item, d);
     for (int32_t part = 0; parts > 1 && part < parts; ++part) sum += partial[item.place(part) * (a.dim + 1) + d];
     if (d < a.dim) {
-      if (a.grad_weight) set_element(a.grad_weight, a.weight_dtype, i * a.dim + d, grad_loss * sum);
-    } else if (a.grad_bias) {
-      set_element(a.grad_bias, a.weight_dtype, i, grad_loss * sum);
+      if (a.grad_weight.data) set_element(a.grad_weight, i * a.dim + d, grad_loss * sum);
+    } else if (a.grad_bias.data) {
+      set_element(a.grad_bias, i, grad_loss * sum);
     }
   }
 }

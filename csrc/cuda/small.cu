@@ -266,9 +266,9 @@ RF_DEVICE void weight_gradient(const LossGrads<Wide>& a, Wide grad_loss, int64_t
       if (sign != 0) sum += Wide(sign) * (d < a.dim ? a.boundary_grad[row * a.dim + d] : a.boundary_bias[row]);
     }
     if (d < a.dim) {
-      if (a.grad_weight) set_element(a.grad_weight, a.weight_dtype, i * a.dim + d, grad_loss * sum);
-    } else if (a.grad_bias) {
-      set_element(a.grad_bias, a.weight_dtype, i, grad_loss * sum);
+      if (a.grad_weight.data) set_element(a.grad_weight, i * a.dim + d, grad_loss * sum);
+    } else if (a.grad_bias.data) {
+      set_element(a.grad_bias, i, grad_loss * sum);
     }
   }
 }
@@ -289,7 +289,7 @@ template <class T, int norm, class Wide>
 cudaError_t run_backward(const LossGrads<Wide>& a, cudaStream_t stream) {
   constexpr int warps = variance_backward_threads / 32;
   const int64_t sample_blocks = a.grad_input || a.grad_input_noise ? variance_backward_blocks(a.n, a.dim) : 0;
-  const int64_t class_blocks = a.grad_weight || a.grad_bias ? (a.num_classes + warps - 1) / warps : 0;
+  const int64_t class_blocks = a.grad_weight.data || a.grad_bias.data ? (a.num_classes + warps - 1) / warps : 0;
   if (sample_blocks + class_blocks == 0) return cudaSuccess;
   return launch(small_backward_kernel<T, norm, Wide>, unsigned(sample_blocks + class_blocks), variance_backward_threads,
                 0, stream, a, sample_blocks);

@@ -5,6 +5,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/loss.h"
 #include "ops/tensors.h"
 
 namespace robustfast {
@@ -12,9 +13,17 @@ namespace robustfast {
 struct LossSizes {
   int64_t n, dim, num_classes, rows;
 
-  LossSizes(const Tensor& input, const Tensor& weight)
-      : n(input.size(0)), dim(input.size(1)), num_classes(weight.size(0)), rows(std::min(n, num_classes)) {}
+  LossSizes(const Tensor& input, int64_t num_classes)
+      : n(input.size(0)), dim(input.size(1)), num_classes(num_classes), rows(std::min(n, num_classes)) {}
 };
+
+// The op's `settings`, or what `scheduled` holds in their place, on the CPU.
+inline Settings settings_of(const std::vector<double>& settings, const std::optional<Tensor>& scheduled) {
+  if (!scheduled && settings.size() != 6)
+    throw std::invalid_argument("robustfast: the loss was called without its six settings");
+  const double* const s = scheduled ? data<double>(*scheduled) : settings.data();
+  return {s[0], s[1], s[2], s[3], s[4], s[5]};
+}
 
 // The results of discriminative_loss, to be written.
 struct LossResults {
@@ -39,20 +48,23 @@ struct LossGradients {
   std::vector<bool> wanted;
   Tensor input, input_noise, weight, bias;
 
-  LossGradients(const LossSizes& sizes, const Tensor& f, const Tensor& w, std::vector<bool> which)
+  LossGradients(const LossSizes& sizes, const Tensor& f, ScalarType weight_dtype, ScalarType bias_dtype,
+                std::vector<bool> which)
       : wanted(std::move(which)),
-        input(allocate(0, {sizes.n, sizes.dim}, f, f)),
-        input_noise(allocate(1, {sizes.n, sizes.dim}, f, f)),
-        weight(allocate(2, {sizes.num_classes, sizes.dim}, w, f)),
-        bias(allocate(3, {sizes.num_classes}, w, f)) {}
+        input(allocate(0, {sizes.n, sizes.dim}, f.scalar_type(), f)),
+        input_noise(allocate(1, {sizes.n, sizes.dim}, f.scalar_type(), f)),
+        weight(allocate(2, {sizes.num_classes, sizes.dim}, weight_dtype, f)),
+        bias(allocate(3, {sizes.num_classes}, bias_dtype, f)) {}
 
-  // Null where it is not wanted.
-  void* at(int which, const Tensor& gradient) const { return wanted[which] ? data<void>(gradient) : nullptr; }
+  // Without data where it is not wanted.
+  Output at(int which, const Tensor& gradient) const {
+    return {wanted[which] ? data<void>(gradient) : nullptr, dtype_of(gradient), gradient.stride(0)};
+  }
   Tuple tuple() const { return {input, input_noise, weight, bias}; }
 
  private:
-  Tensor allocate(int which, std::initializer_list<int64_t> shape, const Tensor& typed, const Tensor& placed) const {
-    return wanted[which] ? empty(shape, typed.scalar_type(), placed) : empty({0}, typed.scalar_type(), placed);
+  Tensor allocate(int which, std::initializer_list<int64_t> shape, ScalarType dtype, const Tensor& like) const {
+    return wanted[which] ? empty(shape, dtype, like) : empty({0}, dtype, like);
   }
 };
 

@@ -27,10 +27,10 @@ void run(Loss<Wide>& loss, Wide* total, Wide* terms) {
 
 LossResults::Tuple discriminative_loss(const Tensor& input, const std::optional<Tensor>& input_noise,
                                        const Tensor& target, const Tensor& weight, const std::optional<Tensor>& bias,
-                                       const Tensor& centroids, const Tensor& seen, double delta_var, double delta_dist,
-                                       int64_t norm, double alpha, double beta, double gamma, double momentum,
-                                       bool update_state, int64_t ignore_index) {
-  const LossSizes sizes(input, weight);
+                                       const Tensor& centroids, const Tensor& seen, std::vector<double> settings,
+                                       const std::optional<Tensor>& scheduled, int64_t norm, bool update_state,
+                                       int64_t ignore_index) {
+  const LossSizes sizes(input, weight.size(0));
   const Tensor f = unit_rows(input), w = unit_rows(weight);
   const std::optional<Tensor> g = unit_rows(input_noise);
   const LossResults results(sizes, input, wide_type(input));
@@ -50,7 +50,7 @@ LossResults::Tuple discriminative_loss(const Tensor& input, const std::optional<
     std::fill(boundary_bias + present, boundary_bias + rows, Wide(0));
     for (int t = 0; t < 3; ++t) std::fill(tables + (t * rows + present) * dim, tables + (t + 1) * rows * dim, Wide(0));
     Loss<Wide> loss = {
-        .settings = {delta_var, delta_dist, alpha, beta, gamma, momentum},
+        .settings = settings_of(settings, scheduled),
         .norm = norm,
         .update_state = update_state,
         .n = sizes.n,
@@ -78,14 +78,15 @@ LossResults::Tuple discriminative_loss(const Tensor& input, const std::optional<
 }
 
 LossGradients::Tuple discriminative_loss_backward(const Tensor& grad_loss, const Tensor& input,
-                                                  const std::optional<Tensor>& input_noise, const Tensor& weight,
-                                                  const std::optional<Tensor>& bias, const Tensor& slot,
+                                                  const std::optional<Tensor>& input_noise, const Tensor& slot,
                                                   const Tensor& pull, const Tensor& tables, const Tensor& classes,
-                                                  const Tensor& boundary_bias, int64_t norm, std::vector<bool> wanted) {
-  const LossSizes sizes(input, weight);
+                                                  const Tensor& boundary_bias, int64_t num_classes,
+                                                  ScalarType weight_dtype, ScalarType bias_dtype, int64_t norm,
+                                                  std::vector<bool> wanted) {
+  const LossSizes sizes(input, num_classes);
   const Tensor f = unit_rows(input);
   const std::optional<Tensor> g = unit_rows(input_noise);
-  const LossGradients gradients(sizes, input, weight, wanted);
+  const LossGradients gradients(sizes, input, weight_dtype, bias_dtype, wanted);
   with_huge_pages(gradients.input);
   with_huge_pages(gradients.input_noise);
   with_huge_pages(gradients.weight);
@@ -115,7 +116,7 @@ LossGradients::Tuple discriminative_loss_backward(const Tensor& grad_loss, const
     if (wanted[0]) variance_backward(grads, false, data<void>(gradients.input));
     if (wanted[1]) variance_backward(grads, true, data<void>(gradients.input_noise));
     if (wanted[2] || wanted[3]) {
-      margin_backward(grads, dtype_of(weight), gradients.at(2, gradients.weight), gradients.at(3, gradients.bias));
+      margin_backward(grads, gradients.at(2, gradients.weight), gradients.at(3, gradients.bias));
     }
   };
   wide_type(input) == ScalarType::Double ? run_with(double()) : run_with(float());

@@ -11,11 +11,11 @@ Tensor scratch(size_t bytes, const Tensor& like) { return empty({int64_t(bytes)}
 
 LossResults::Tuple discriminative_loss(const Tensor& input, const std::optional<Tensor>& input_noise,
                                        const Tensor& target, const Tensor& weight, const std::optional<Tensor>& bias,
-                                       const Tensor& centroids, const Tensor& seen, double delta_var, double delta_dist,
-                                       int64_t norm, double alpha, double beta, double gamma, double momentum,
-                                       bool update_state, int64_t ignore_index) {
+                                       const Tensor& centroids, const Tensor& seen, std::vector<double> settings,
+                                       const std::optional<Tensor>& scheduled, int64_t norm, bool update_state,
+                                       int64_t ignore_index) {
   const OnDevice device(input);
-  const LossSizes sizes(input, weight);
+  const LossSizes sizes(input, weight.size(0));
   const Tensor f = unit_rows(input), w = unit_rows(weight);
   const std::optional<Tensor> g = unit_rows(input_noise);
   const LossResults results(sizes, input, wide_type(input));
@@ -30,13 +30,8 @@ LossResults::Tuple discriminative_loss(const Tensor& input, const std::optional<
       .num_classes = sizes.num_classes,
       .centroids = data<void>(centroids),
       .seen = data<bool>(seen),
-      .delta_var = delta_var,
-      .delta_dist = delta_dist,
+      .settings = settings_of(settings, scheduled),
       .norm = norm,
-      .alpha = alpha,
-      .beta = beta,
-      .gamma = gamma,
-      .momentum = momentum,
       .update_state = update_state,
       .ignore_index = ignore_index,
       .loss = data<void>(results.loss),
@@ -53,15 +48,16 @@ LossResults::Tuple discriminative_loss(const Tensor& input, const std::optional<
 }
 
 LossGradients::Tuple discriminative_loss_backward(const Tensor& grad_loss, const Tensor& input,
-                                                  const std::optional<Tensor>& input_noise, const Tensor& weight,
-                                                  const std::optional<Tensor>& bias, const Tensor& slot,
+                                                  const std::optional<Tensor>& input_noise, const Tensor& slot,
                                                   const Tensor& pull, const Tensor& tables, const Tensor& classes,
-                                                  const Tensor& boundary_bias, int64_t norm, std::vector<bool> wanted) {
+                                                  const Tensor& boundary_bias, int64_t num_classes,
+                                                  ScalarType weight_dtype, ScalarType bias_dtype, int64_t norm,
+                                                  std::vector<bool> wanted) {
   const OnDevice device(input);
-  const LossSizes sizes(input, weight);
+  const LossSizes sizes(input, num_classes);
   const Tensor f = unit_rows(input);
   const std::optional<Tensor> g = unit_rows(input_noise);
-  const LossGradients gradients(sizes, input, weight, std::move(wanted));
+  const LossGradients gradients(sizes, input, weight_dtype, bias_dtype, std::move(wanted));
   const cuda::LossBackwardParams params = {
       .grad_loss = data<void>(grad_loss),
       .input = matrix(f),
@@ -75,9 +71,8 @@ LossGradients::Tuple discriminative_loss_backward(const Tensor& grad_loss, const
       .classes = data<int32_t>(classes),
       .boundary_bias = data<void>(boundary_bias),
       .norm = norm,
-      .grad_input = gradients.at(0, gradients.input),
-      .grad_input_noise = gradients.at(1, gradients.input_noise),
-      .weight_dtype = dtype_of(weight),
+      .grad_input = gradients.at(0, gradients.input).data,
+      .grad_input_noise = gradients.at(1, gradients.input_noise).data,
       .grad_weight = gradients.at(2, gradients.weight),
       .grad_bias = gradients.at(3, gradients.bias),
   };

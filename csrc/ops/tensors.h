@@ -54,10 +54,9 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type, const
   int32_t device_type;
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides.data(),
-                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device_type,
-                               like.get_device_index(), &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides.data(),
+                                                  torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+                                                  device_type, like.get_device_index(), &handle));
   return Tensor(handle);
 }
 

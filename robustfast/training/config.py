@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from robustfast import checks
+from robustfast.reference import Settings
 
 METHODS = ("normal", "noisy", "both", "stability", "discriminative")
 MODELS = ("small", "resnet18")
@@ -69,9 +70,8 @@ class Config:
         self._expect("validation", "0 < validation < 1", lambda value: 0 < value < 1)
         self._expect("seed", "0 <= seed < 2**63", lambda value: 0 <= value < 2**63)
         self._expect("test_sigmas", "finite numbers >= 0", lambda values: all(0 <= v < math.inf for v in values))
-        checks.loss_settings(
-            self.delta_var, self.delta_dist, self.norm, self.alpha, self.beta, self.gamma, self.centroid_momentum
-        )
+        settings = Settings(self.delta_var, self.delta_dist, self.alpha, self.beta, self.gamma, self.centroid_momentum)
+        checks.loss_settings(settings, self.norm)
 
     def _expect(self, name: str, expected: str, holds: Callable[[Any], bool]) -> None:
         value = getattr(self, name)

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from robustfast.checks import state_dtype
+from robustfast.checks import wide_dtype
+from robustfast.ops import gradients
 from robustfast.triton_ops.centroids import add_chunks, sum_chunk
 from robustfast.triton_ops.grouping import FINISHED, NOT_FINITE, PRESENT, group, run_of_row
 from robustfast.triton_ops.margin import (
@@ -34,15 +35,15 @@ DENSE = 2048  # up to here every row of dW has a program; above, dW is filled an
 
 def discriminative_loss(
     input: Tensor, input_noise: Tensor | None, target: Tensor, weight: Tensor, bias: Tensor | None, centroids: Tensor,
-    seen: Tensor, delta_var: float, delta_dist: float, norm: int, alpha: float, beta: float, gamma: float,
-    momentum: float, update_state: bool, ignore_index: int,
+    seen: Tensor, settings: list[float], scheduled: Tensor | None, norm: int, update_state: bool, ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    delta_var, delta_dist, alpha, beta, gamma, momentum = settings if scheduled is None else scheduled.tolist()
     n, dim = input.shape
     num_classes = weight.shape[0]
     rows = min(n, num_classes)
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     bias = None if bias is None else bias.contiguous()
-    wide = state_dtype(input)
+    wide = wide_dtype(input)
     loss, terms = input.new_empty((), dtype=wide), input.new_empty(5, dtype=wide)
     slot, classes = input.new_empty(n, dtype=torch.int32), input.new_empty((2, rows), dtype=torch.int32)
     pull, tables = input.new_empty((2, n), dtype=wide), input.new_empty((3, rows, dim), dtype=wide)
@@ -232,19 +233,17 @@ def add_row_terms(row_terms, present, BLOCK: tl.constexpr):
 
 
 def discriminative_loss_backward(
-    grad_loss: Tensor, input: Tensor, input_noise: Tensor | None, weight: Tensor, bias: Tensor | None, slot: Tensor,
-    pull: Tensor, tables: Tensor, classes: Tensor, boundary_bias: Tensor, norm: int, wanted: list[bool],
+    grad_loss: Tensor, input: Tensor, input_noise: Tensor | None, slot: Tensor, pull: Tensor, tables: Tensor,
+    classes: Tensor, boundary_bias: Tensor, num_classes: int, weight_dtype: torch.dtype, bias_dtype: torch.dtype,
+    norm: int, wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     n, dim = input.shape
-    num_classes, rows = weight.shape[0], classes.shape[1]
+    rows = classes.shape[1]
     dense = num_classes <= DENSE
     want_f, want_g, want_w, want_b = wanted
-    fresh = torch.empty if dense and n else torch.zeros
-    device = input.device
-    d_f = torch.empty((n, dim), dtype=input.dtype, device=device) if want_f else input.new_empty(0)
-    d_g = torch.empty((n, dim), dtype=input.dtype, device=device) if want_g else input.new_empty(0)
-    d_w = fresh((num_classes, dim), dtype=weight.dtype, device=device) if want_w else input.new_empty(0)
-    d_b = fresh((num_classes,), dtype=weight.dtype, device=device) if want_b else input.new_empty(0)
+    d_f, d_g, d_w, d_b = gradients(input, num_classes, weight_dtype, bias_dtype, wanted)
+    if not dense or n == 0:
+        d_w.zero_(), d_b.zero_()
     if n == 0 or not any(wanted):
         return d_f, d_g, d_w, d_b
 

@@ -21,14 +21,13 @@ FLAGS = [
 
 def build(directory: Path) -> Path:
     """Compile into ``directory``; returns the shared library."""
-    sources = [*sorted(CSRC.glob("cuda/*.cu")), *sorted(CSRC.glob("ops/*_cuda.cpp")), CSRC / "ops/schemas.cpp"]
+    sources = [*sorted(CSRC.glob("cuda/*.cu")), *sorted(CSRC.glob("ops/*_cuda.cpp"))]
     sources += [HERE / "emulation.cpp", HERE / "torch.cpp"]
     includes = [f"-I{path}" for path in (HERE, CSRC, *include_paths())]
 
     def compile(source: Path) -> Path:
         target = directory / f"{source.parent.name}_{source.stem}.o"
-        rename = ["-Drobustfast=robustfast_emulated"] if source.name == "schemas.cpp" else []
-        _run(["g++", *FLAGS, *rename, *includes, "-x", "c++", "-c", str(source), "-o", str(target)])
+        _run(["g++", *FLAGS, *includes, "-x", "c++", "-c", str(source), "-o", str(target)])
         return target
 
     with ThreadPoolExecutor(2) as pool:
