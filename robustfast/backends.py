@@ -10,15 +10,11 @@ from types import SimpleNamespace
 
 import torch
 
+from robustfast import extension
 from robustfast.ops import OPS, define
 
 define("robustfast")
-try:
-    import robustfast._C as _C
-
-    _no_extension: str | None = None
-except ImportError as error:
-    _no_extension = f"the compiled extension robustfast._C cannot be imported: {error}"
+extension.problem()  # without one, the ops are implemented from here on
 
 # A backend's ops are those of this library.
 LIBRARIES = {"cuda": "robustfast", "triton": "robustfast_triton", "cpu": "robustfast"}
@@ -42,12 +38,14 @@ def why_not(name: str) -> str | None:
         if not torch.cuda.is_available() and not _interpreting():
             return "no GPU is visible to PyTorch (TRITON_INTERPRET=1 runs the kernels slowly on the CPU)"
         return None
-    if _no_extension is not None:
-        return f"{_no_extension}; build it with: pip install --no-build-isolation ."
+    if extension.problem() is not None:
+        return extension.problem()
     if name == "cuda":
+        from robustfast import _C
+
         architectures = _C.build_info()["cuda_architectures"]
         if not architectures:
-            return "the extension was built without CUDA; build it again with ROBUSTFAST_BUILD_CUDA=1"
+            return extension.without_cuda()
         if not torch.cuda.is_available():
             return "no GPU is visible to PyTorch"
         major, minor = torch.cuda.get_device_capability()
