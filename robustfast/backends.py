@@ -14,7 +14,7 @@ from robustfast import extension
 from robustfast.ops import OPS, define
 
 define("robustfast")
-extension.problem()  # without one, the ops are implemented from here on
+extension.problem()  # imports the extension, which implements the ops
 
 # A backend's ops are those of this library.
 LIBRARIES = {"cuda": "robustfast", "triton": "robustfast_triton", "cpu": "robustfast"}

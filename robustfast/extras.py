@@ -14,5 +14,5 @@ def needed(extra: str = "train") -> Iterator[None]:
     except ModuleNotFoundError as error:
         module = str(error.name).partition(".")[0]
         package = {"sklearn": "scikit-learn", "PIL": "pillow"}.get(module, module)
-        hint = f"{package} is not installed; install it with: pip install '.[{extra}]' in robustfast's folder"
+        hint = f"{package} is not installed; install it with: pip install '.[{extra}]'"
         raise ModuleNotFoundError(hint, name=error.name) from error

@@ -149,10 +149,10 @@ def test_the_package_works_without_the_extra_and_the_command_line_names_it():
     shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert shown.stdout.startswith("DiscriminativeLoss(") and shown.stdout.endswith("False\n")
     assert shown.returncode == 1
-    assert shown.stderr == "robustfast: typer is not installed; install it with: pip install '.[train]' in robustfast's folder\n"
+    assert shown.stderr == "robustfast: typer is not installed; install it with: pip install '.[train]'\n"
 
 
 def test_a_missing_package_is_named_as_it_is_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ModuleNotFoundError, match=r"^scikit-learn is not installed; .*'robustfast\[train\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"^scikit-learn is not installed; .*'\.\[train\]'"):
         data.load("digits")
