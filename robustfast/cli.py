@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import itertools
+import shlex
 import sys
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
-import torch
-
+import robustfast
 from robustfast import disk
 from robustfast.extras import needed
 
@@ -22,10 +25,10 @@ try:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
         from rich.table import Table
+        from rich.text import Text
 
         from robustfast.bench.command import bench
-        from robustfast.evaluation import saved
-        from robustfast.training import Config, comparison, files, loop, presets
+        from robustfast.training import Config, comparison, files, loop, presets, saved
         from robustfast.training.config import METHODS
 except ModuleNotFoundError as error:
     sys.exit(f"robustfast: {error}")
@@ -35,17 +38,42 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(bench)
 console = Console()
+OVERWRITE = typer.Option("--overwrite", help="replace what that folder holds")
 
 
 def main() -> None:
     """Run the command line; a mistake of the user's is one line on stderr and exit status 1, no traceback."""
+    warnings.showwarning = lambda message, *place: print(f"robustfast: {message}", file=sys.stderr)
     try:
         app()
-    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
+    except OSError as error:
+        sys.exit(f"robustfast: {error.filename}: {error.strerror}" if error.filename else f"robustfast: {error}")
+    except (ValueError, FloatingPointError, ModuleNotFoundError) as error:
         sys.exit(f"robustfast: {error}")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        say(f"robustfast {robustfast.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    pass
+
+
+def say(text: str) -> None:
+    """Print a line as it is: unwrapped, and with brackets in paths left alone."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
@@ -56,7 +84,7 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     for field in fields(Config):
         arguments = get_args(hints[field.name])
         kind = list[arguments[0]] if arguments else hints[field.name]  # type: ignore[valid-type]
-        option = typer.Option(help=field.metadata["help"])
+        option = typer.Option(help=field.metadata["help"], show_default=_shown_default(field.name))
         annotation = Annotated[kind | None, option]  # type: ignore[valid-type]
         options.append(
             inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
@@ -67,51 +95,70 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def _shown_default(setting: str) -> str:
+    """The setting of the first preset for the default method, and of the others where they differ."""
+    first, *others = ((name, str(presets.preset(name).as_json()[setting]).strip("[]")) for name in presets.PRESETS)
+    return "; ".join([first[1], *(f"{name}: {value}" for name, value in others if value != first[1])])
+
+
 @app.command()
 @with_settings
 def train(
-    preset: Annotated[str, typer.Option(help=f"settings to start from: {', '.join(presets.PRESETS)}")] = "digits",
-    out: Annotated[Path | None, typer.Option(help="folder of the run (default: runs/PRESET-METHOD-SEED)")] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help=f"settings to start from: {', '.join(presets.PRESETS)}", show_default=presets.PRESETS[0]),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="folder of the run", show_default="runs/PRESET-METHOD-SEED")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the interrupted run in that folder")] = False,
-    threads: Annotated[int | None, typer.Option(min=1, help="threads of PyTorch (default: its own choice)")] = None,
+    overwrite: Annotated[bool, OVERWRITE] = False,
     **changes: Any,
 ) -> None:
-    """Train a classifier; options that are not given are those of the preset.
+    """Train a classifier; options that are not given are those of the preset (defaults: for the default method).
 
     The folder of the run gets the model of the best epoch on validation images and results.json.
     """
+    if resume and overwrite:
+        raise ValueError("--resume and --overwrite exclude each other")
+    if resume and preset and out:
+        raise ValueError(f"--preset: the run in {out} keeps its own settings when it is resumed")
     changes = {name: value for name, value in changes.items() if value is not None}
-    config = presets.preset(preset, **changes)
-    out = out or Path("runs") / f"{preset}-{config.method}-{config.seed}"
-    if threads:
-        torch.set_num_threads(threads)
+    if not (resume and out):
+        config, done = presets.preset(preset or presets.PRESETS[0], **changes), 0
+        out = out or Path("runs") / f"{preset or presets.PRESETS[0]}-{config.method}-{config.seed}"
     if resume:
-        config = _unchanged(loop.saved_config(out), changes, out)
-    with _progress() as progress:
-        bar = progress.add_task(config.method, total=config.epochs)
+        config, done = loop.saved_run(out)
+        _unchanged(config, changes, out)
+        say(f"Going on after epoch {done} of {config.epochs}, on {config.threads} thread(s) as the run began.")
+    elif not overwrite and files.holds_run(out):
+        raise FileExistsError(
+            f"{out} holds a run: --resume goes on with it, --overwrite replaces it, --out names another"
+        )
+    try:
+        with _progress(config.method, config.epochs, done) as step:
 
-        def on_epoch(record: dict[str, float]) -> None:
-            text = f"{config.method}  loss {record['loss']:.3f}  validation {100 * record['validation']:.1f}%"
-            progress.update(bar, completed=record["epoch"], description=text)
+            def on_epoch(record: dict[str, float]) -> None:
+                text = f"{config.method}  loss {record['loss']:.3f}  validation {100 * record['validation']:.1f}%"
+                step(int(record["epoch"]), text)
 
-        try:
-            results = loop.resume(out, on_epoch) if resume else loop.train(config, out, on_epoch)
-        except KeyboardInterrupt:
-            console.print(f"Interrupted. To go on: robustfast train --resume --out {out}")
-            raise typer.Exit(130) from None
-    console.print(f"\n{config.method} on {config.data}: best epoch {results['best_epoch']} of {config.epochs}")
+            results = loop.resume(out, on_epoch) if resume else loop.train(config, out, on_epoch, overwrite=overwrite)
+    except KeyboardInterrupt:
+        hint = f" To go on: robustfast train --resume --out {shlex.quote(str(out))}" if files.holds_run(out) else ""
+        say(f"Interrupted.{hint}")
+        raise typer.Exit(130) from None
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{error} (--overwrite replaces this run)") from error
+    say(f"\n{config.method} on {config.data}: best epoch {results['best_epoch']} of {config.epochs}")
     console.print(_curve_table(results["test"]))
-    console.print(f"Results and model: {out}")
+    say(f"Results and model: {out}")
 
 
-def _unchanged(saved_config: Config, changes: dict[str, Any], out: Path) -> Config:
+def _unchanged(config: Config, changes: dict[str, Any], out: Path) -> None:
     for name, value in changes.items():
-        old = getattr(saved_config, name)
+        old = getattr(config, name)
         if old != (tuple(value) if isinstance(value, list) else value):
             raise ValueError(
                 f"{name}: the run in {out} has {old!r}, which cannot change to {value!r} when it is resumed"
             )
-    return saved_config
 
 
 @app.command()
@@ -128,6 +175,8 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="write the accuracies to this JSON file")] = None,
 ) -> None:
     """Test a saved model on clean images and under Gaussian noise."""
+    if out is not None:
+        disk.make_folder(out.parent)
     curve = saved.evaluate(run, sigma, seed=seed, draws=draws, source=data, device=device, backend=backend)
     if out is not None:
         disk.write_json(out, {"run": str(run), "seed": seed, "draws": draws, "test": curve})
@@ -136,38 +185,66 @@ def evaluate(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="folder of results.json and accuracy.png")] = Path("demo"),
+    out: Annotated[Path, typer.Option(help="folder of results.json, accuracy.png and all runs")] = Path("demo"),
     seeds: Annotated[int, typer.Option(min=1, help="runs per method")] = 3,
     epochs: Annotated[int, typer.Option(min=1, help="epochs of each run")] = 40,
     backend: Annotated[str, typer.Option(help="backend of the loss and of the noise")] = "auto",
-    workers: Annotated[int | None, typer.Option(min=1, help="runs at a time (default: one per core)")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="runs at a time", show_default="one per core")] = None,
+    overwrite: Annotated[bool, OVERWRITE] = False,
 ) -> None:
-    """Compare the paper's method with its four baselines on scikit-learn's handwritten digits."""
+    """Compare the paper's method with its four baselines on scikit-learn's handwritten digits.
+
+    Runs that an earlier call left in the folder are gone on with.
+    """
     configs = [
         presets.preset("digits", method, seed=seed, epochs=epochs, backend=backend)
         for seed in range(seeds)
         for method in METHODS
     ]
+    folders = [out / "runs" / f"{config.method}-{config.seed}" for config in configs]
+    disk.make_folder(out)
+    if overwrite:
+        for folder in folders:
+            files.remove_run(folder)
+    if count := sum((folder / files.RESULTS).exists() for folder in folders):
+        say(f"{count} of {len(folders)} runs have finished before; --overwrite trains them anew.")
     start = time.perf_counter()
-    with _progress() as progress:
-        bar = progress.add_task("training", total=len(configs))
-        results = comparison.compare(configs, lambda result: progress.advance(bar), workers)
+    try:
+        with _progress("training", len(configs)) as step:
+            finished = itertools.count(1)
+
+            def on_run(result: dict[str, Any]) -> None:
+                config = result["config"]
+                step(next(finished), f"{config['method']}, seed {config['seed']}: {result['seconds']:.0f} s")
+
+            results = comparison.compare(configs, on_run, workers, folders)
+    except KeyboardInterrupt:
+        say("Interrupted. To go on: the same command again" + ", without --overwrite" * overwrite)
+        raise typer.Exit(130) from None
     summary = comparison.summarise(results)
-    out.mkdir(parents=True, exist_ok=True)
     content = {"format": files.FORMAT, "summary": summary, "runs": results, "seconds": time.perf_counter() - start}
     disk.write_json(out / files.RESULTS, content)
     comparison.plot(summary, out / "accuracy.png", configs[0].sigma)
-    console.print(
-        f"\nTest accuracy in % on digits, mean ± standard deviation over {seeds} seeds, on clean images and under "
-        f"Gaussian noise of the sigma above each column; trained with sigma {configs[0].sigma:g}:"
+    spread = f", mean ± standard deviation over {seeds} seeds" if seeds > 1 else ""
+    say(
+        f"\nTest accuracy in % on digits{spread}, on clean images and under Gaussian noise of the sigma above each "
+        f"column; trained with sigma {configs[0].sigma:g}"
+        + ("; bold where mean - deviation is above mean + deviation of every other method:" if seeds > 1 else ":")
     )
     console.print(_summary_table(summary))
-    console.print(f"{len(configs)} runs in {content['seconds']:.0f} s. Results and plot: {out}")
+    say(f"{len(configs)} runs in {content['seconds']:.0f} s. Results and plot: {out}")
 
 
-def _progress() -> Progress:
+@contextmanager
+def _progress(name: str, total: int, done: int = 0) -> Iterator[Callable[[int, str], None]]:
+    """A function of (steps done, text): on a terminal it moves a bar, elsewhere it prints a line."""
+    if not console.is_terminal:
+        yield lambda done, text: say(f"{done} of {total}  {text}")
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console)
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task(name, total=total, completed=done)
+        yield lambda done, text: progress.update(bar, completed=done, description=text)
 
 
 def _curve_table(curve: list[dict[str, float]]) -> Table:
@@ -179,10 +256,16 @@ def _curve_table(curve: list[dict[str, float]]) -> Table:
 
 def _summary_table(summary: list[dict[str, Any]]) -> Table:
     sigmas = dict.fromkeys(point["sigma"] for point in summary)
+    leading = comparison.winners(summary)
     table = Table("method", *map(_sigma, sigmas), box=box.SIMPLE, padding=(0, 1, 0, 0))
+
+    def cell(point: dict[str, Any]) -> Text:
+        spread = f" ± {100 * point['std']:.1f}" if point["runs"] > 1 else ""
+        style = "bold" if (point["method"], point["sigma"]) in leading else ""
+        return Text(f"{100 * point['mean']:.1f}{spread}", style)
+
     for method in dict.fromkeys(point["method"] for point in summary):
-        points = (point for point in summary if point["method"] == method)
-        table.add_row(method, *(f"{100 * point['mean']:.1f} ± {100 * point['std']:.1f}" for point in points))
+        table.add_row(method, *(cell(point) for point in summary if point["method"] == method))
     return table
 
 

@@ -4,24 +4,47 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 
-def replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` fill a file beside ``path``, bring it to the disk, then put it in place in one step."""
+def make_folder(folder: Path) -> None:
+    """Make the folder where it is missing and see that files can be written there; OSError naming it if not."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(error.errno, f"cannot be written to: {error.strerror}", str(folder)) from error
+
+
+def write(path: Path, content: bytes) -> None:
+    """Put ``content`` in place in one step; OSError naming ``path`` if that fails, and then nothing is left behind."""
     part = path.with_name(path.name + ".part")
-    write(part)
-    with open(part, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: Any) -> None:
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    replace(path, lambda part: part.write_text(text))
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    write(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
 
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text())
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in that file; ValueError naming the file if there is none."""
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON, or cut short: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got a {type(content).__name__}")
+    return content

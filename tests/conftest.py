@@ -2,6 +2,7 @@
 
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -35,3 +36,27 @@ def backend(request):
 def device(backend):
     on_gpu = home(backend) == "cuda" or (backend == "reference" and torch.cuda.is_available())
     return "cuda" if on_gpu else "cpu"
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Settings of a run of a second on 66 colour images of three classes."""
+    from robustfast.training import Config
+
+    rng = np.random.default_rng(0)
+    labels = np.arange(90) % 3
+    images = (rng.integers(0, 60, (90, 8, 8, 3)) + 90 * labels[:, None, None, None]).astype(np.uint8)
+    path = tmp_path_factory.mktemp("data") / "tiny.npz"
+    np.savez(path, x_train=images[:66], y_train=labels[:66], x_test=images[66:], y_test=labels[66:])
+    return Config(
+        data=f"npz:{path}", epochs=4, batch_size=8, inter_dim=8, milestones=(2,), crop=1, flip=True, test_sigmas=(0.3,)
+    )
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Small tensors gain nothing from threads, and tests that run side by side lose by them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,16 +1,23 @@
 """The command line from end to end, and the imports it does and does not need."""
 
+import io
+import os
+import signal
 import subprocess
 import sys
+import time
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
+import robustfast
 from robustfast import cli, disk
-from robustfast.training import Config, comparison, data, files, loop, preset, train
+from robustfast.training import Config, comparison, data, files, loop, preset, saved, train
 
 ROOT = Path(__file__).parents[1]
 runner = CliRunner()
@@ -69,7 +76,7 @@ def test_train_resumes_where_it_was_interrupted(run_dir, monkeypatch):
     shown = invoke(*arguments)
     assert shown.exit_code == 130 and "robustfast train --resume --out cut" in shown.output
     monkeypatch.setattr(loop, "train_epoch", train_epoch)
-    assert isinstance(invoke(*arguments).exception, FileExistsError)
+    assert "--resume goes on with it, --overwrite replaces it" in str(invoke(*arguments).exception)
     assert f"lr: the run in cut has {whole['config']['lr']}" in str(
         invoke("train", "--resume", "--out", "cut", "--lr", "1").exception
     )
@@ -83,7 +90,8 @@ def test_default_folder_and_threads(run_dir):
     arguments = ("train", "--data", "npz:tiny.npz", "--epochs", "1", "--method", "noisy", "--seed", "7")
     shown = invoke(*arguments, "--threads", "2")
     assert shown.exit_code == 0, shown.output
-    assert disk.read_json(Path("runs/digits-noisy-7") / files.RESULTS)["environment"]["threads"] == 2
+    assert disk.read_json(Path("runs/digits-noisy-7") / files.RESULTS)["config"]["threads"] == 2
+    assert torch.get_num_threads() == 1, "restored"
 
 
 def test_every_setting_is_an_option():
@@ -92,18 +100,64 @@ def test_every_setting_is_an_option():
         assert f"--{name.replace('_', '-')} " in shown, name
 
 
-def test_demo(run_dir):
-    shown = invoke("demo", "--epochs", "1", "--seeds", "1", "--workers", "2", "--out", "demo")
+def test_demo_and_going_on_with_it(run_dir, monkeypatch):
+    monkeypatch.setattr(cli, "METHODS", ("noisy", "discriminative"))
+    arguments = ("demo", "--epochs", "2", "--seeds", "1", "--workers", "2", "--out", "demo")
+    config = preset("digits", "discriminative", epochs=2, threads=1)
+
+    def interrupt(record):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, Path("demo/runs/discriminative-0"), interrupt)
+    shown = invoke(*arguments)
     assert shown.exit_code == 0, shown.output
     content = disk.read_json(run_dir / "demo" / files.RESULTS)
     assert {point["sigma"] for point in content["summary"]} >= {0.0, 0.15, 0.25, 0.4, 0.6}
-    assert len(content["runs"]) == 5 and all(method in shown.output for method in cli.METHODS)
-    assert all(f"{100 * point['mean']:.1f} ± 0.0" in shown.output for point in content["summary"])
+    assert len(content["runs"]) == 2 and all(method in shown.output for method in cli.METHODS)
+    assert all(f"{100 * point['mean']:.1f}" in shown.output for point in content["summary"])
+    assert "±" not in shown.output and "2 of 2" in shown.output, "one seed has no spread, a pipe gets lines"
     assert (run_dir / "demo" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
-    alone = train(preset("digits", "discriminative", epochs=1))
-    assert content["runs"][4]["history"] == alone["history"], "a run does not depend on those beside it"
+    assert content["runs"][1]["history"] == train(config)["history"], "no trace of interruption or neighbours"
     documented = (ROOT / "docs" / "results.md").read_text().partition("field of the demo")[2]
     assert all(f"| `{field}` |" in documented for field in content)
+
+    monkeypatch.setattr(comparison, "compare", lambda configs, *rest: [loop.resume(folder) for folder in rest[-1]])
+    again = invoke(*arguments)
+    assert "2 of 2 runs have finished before; --overwrite trains them anew." in again.output
+    assert disk.read_json(run_dir / "demo" / files.RESULTS)["runs"] == content["runs"]
+
+
+def test_the_demo_does_not_go_on_with_other_settings(tmp_path):
+    train(preset("digits", epochs=1, threads=1), tmp_path)
+    with pytest.raises(ValueError, match=f"^{tmp_path} holds a run of other settings: overwrite it, or"):
+        comparison.compare([preset("digits", epochs=2)], folders=[tmp_path])
+
+
+def start_demo(out):
+    """A demo in a process group of its own, two of whose runs have begun."""
+    command = [sys.executable, "-m", "robustfast", "demo", "--epochs", "300", "--workers", "2", "--out", str(out)]
+    demo = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            start_new_session=True)  # fmt: skip
+    while len(list(out.glob(f"runs/*/{files.STATE}"))) < 2:
+        assert demo.poll() is None, demo.stdout.read()
+        time.sleep(0.05)
+    return demo
+
+
+def test_one_interruption_ends_the_demo_and_its_workers(tmp_path):
+    """Ctrl-C reaches the whole group. The pipe ends when the last process that holds it has."""
+    demo = start_demo(tmp_path)
+    os.killpg(demo.pid, signal.SIGINT)
+    shown, _ = demo.communicate()
+    assert demo.returncode == 130 and not (tmp_path / files.RESULTS).exists()
+    assert shown.splitlines() == ["Interrupted. To go on: the same command again"]
+
+
+def test_workers_end_with_the_demo(tmp_path):
+    demo = start_demo(tmp_path)
+    demo.kill()
+    assert "Traceback" not in demo.communicate(timeout=600)[0]
 
 
 def result(method, *accuracies):
@@ -122,12 +176,115 @@ def test_summary_is_mean_and_sample_deviation():
     assert [point["std"] for point in summary] == pytest.approx([np.std([0.5, 0.7], ddof=1), 0, 0, 0])
 
 
+def test_a_winner_is_one_that_the_spread_carries():
+    def summary(**results):
+        return [
+            {"method": method, "sigma": 0.5, "mean": mean, "std": std, "runs": runs}
+            for method, (mean, std, runs) in results.items()
+        ]
+
+    assert comparison.winners(summary(a=(0.9, 0.01, 3), b=(0.85, 0.03, 3), c=(0.1, 0.0, 3))) == {("a", 0.5)}
+    assert comparison.winners(summary(a=(0.9, 0.03, 3), b=(0.85, 0.03, 3), c=(0.1, 0.0, 3))) == set()
+    assert comparison.winners(summary(a=(0.9, 0.0, 1), b=(0.85, 0.0, 1))) == set()
+
+
+def test_a_failed_run_can_be_begun_anew(run_dir):
+    failed = invoke(*TRAIN, "--lr", "1e20")
+    assert isinstance(failed.exception, FloatingPointError) and "--overwrite replaces" in str(failed.exception)
+    assert isinstance(invoke(*TRAIN).exception, FileExistsError)
+    shown = invoke(*TRAIN, "--overwrite")
+    assert shown.exit_code == 0, shown.output
+    assert disk.read_json(Path("run") / files.RESULTS)["config"]["lr"] < 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["train", "--out", "file/run"], ["demo", "--out", "file/demo"], ["evaluate", "run", "--out", "file/a.json"]],
+)
+def test_a_folder_that_cannot_be_written_is_noticed_first(run_dir, monkeypatch, arguments):
+    Path("file").touch()
+    for place, name in ((loop, "prepare"), (comparison, "compare"), (saved, "evaluate")):
+        monkeypatch.setattr(place, name, None)
+    with pytest.raises(OSError, match=r"cannot be written to: .*: 'file"):
+        runner.invoke(cli.app, arguments, catch_exceptions=False)
+
+
+def test_an_interruption_before_the_first_epoch_promises_nothing(run_dir, monkeypatch):
+    def interrupted(source):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "load", interrupted)
+    shown = invoke(*TRAIN)
+    assert shown.exit_code == 130 and shown.output == "Interrupted.\n"
+
+
+def test_brackets_and_blanks_in_a_path(run_dir, monkeypatch):
+    out = "a [bold]run[/bold] with a name that is longer than the eighty columns of a narrow terminal"
+    shown = invoke(*TRAIN[:6], out, *TRAIN[7:])
+    assert f"Results and model: {out}\n" in shown.output
+
+
+def test_resume_keeps_to_the_run(run_dir):
+    invoke(*TRAIN)
+    for more, message in ((["--preset", "cifar10"], "--preset: the run in run keeps"), (["--overwrite"], "exclude")):
+        assert message in str(invoke("train", "--resume", "--out", "run", *more).exception)
+    shown = invoke("train", "--resume", "--out", "run", "--threads", "1")
+    assert shown.output.startswith("Going on after epoch 2 of 2, on 1 thread(s) as the run began.\n")
+    assert "threads: the run in run has 1" in str(
+        invoke("train", "--resume", "--out", "run", "--threads", "2").exception
+    )
+
+
+def test_progress_on_a_terminal_begins_at_the_epoch_reached(monkeypatch):
+    screen = Console(file=io.StringIO(), force_terminal=True, width=100)
+    monkeypatch.setattr(cli, "console", screen)
+    with cli._progress("normal", total=40, done=17) as step:
+        pass
+    assert "17/40" in screen.file.getvalue()
+    with cli._progress("normal", total=40, done=17) as step:
+        step(18, "normal  loss 0.1")
+    assert "normal  loss 0.1" in screen.file.getvalue() and "18/40" in screen.file.getvalue()
+
+
+def test_warnings_of_the_data_are_one_line_on_stderr(run_dir, monkeypatch, capsys):
+    arrays = dict(np.load("tiny.npz"))
+    np.savez("tiny.npz", **{name: a + 1 if name[0] == "y" else a for name, a in arrays.items()})
+    monkeypatch.setattr(sys, "argv", ["robustfast", *TRAIN])
+    monkeypatch.setattr(warnings, "showwarning", None)
+    with pytest.raises(SystemExit) as exit, warnings.catch_warnings():
+        warnings.simplefilter("default")
+        cli.main()
+    assert exit.value.code == 0
+    assert capsys.readouterr().err == "robustfast: tiny.npz: no training images of class 0; labels count from 0\n"
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help_shows_defaults(option):
+    shown = runner.invoke(cli.app, ["train", option], env={"COLUMNS": "200", "TERM": "dumb"}).output
+    for default in ("0.02; cifar10: 0.001", "20, 30; cifar10: 60, 120, 160", "runs/PRESET-METHOD-SEED", "(digits)"):
+        assert default in shown
+
+
+def test_version():
+    shown = invoke("--version")
+    assert shown.exit_code == 0 and shown.output == f"robustfast {robustfast.__version__}\n"
+
+
+def test_help_needs_nothing_heavy():
+    code = (
+        "import sys, robustfast.cli\n"
+        "heavy = ('triton', 'sklearn', 'matplotlib', 'PIL', 'scipy', 'torch._dynamo', 'torch._inductor')\n"
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["train", "--data", "mnist"], "data: expected digits, npz:FILE or folder:DIR, got 'mnist'"),
-        (["train", "--data", "npz:nowhere.npz"], "[Errno 2] No such file or directory: 'nowhere.npz'"),
-        (["train", "--resume", "--out", "nowhere"], "[Errno 2] No such file or directory: 'nowhere/state.pt'"),
+        (["train", "--data", "npz:nowhere.npz"], "nowhere.npz: No such file or directory"),
+        (["train", "--resume", "--out", "nowhere"], "nowhere: no run to go on with: there is no state.safetensors"),
         (["train", "--backend", "fast"], "backend: expected auto, cuda, triton, cpu, reference, got 'fast'"),
     ],
 )

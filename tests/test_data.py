@@ -1,5 +1,11 @@
 """Data sets, their splits, and augmentation."""
 
+import io
+import shutil
+import struct
+import zipfile
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -54,15 +60,19 @@ def test_npz_grey_images_need_no_channel_axis(tmp_path):
         ({"y_test": None}, "no y_test; it holds x_train, y_train, x_test"),
         ({"x_train": PIXELS.astype(np.int16)}, "x_train: expected uint8 or floating images, got int16"),
         ({"x_train": PIXELS / 128}, r"x_train: expected floating images in \[0, 1\]"),
-        ({"x_train": np.full(PIXELS.shape, np.nan)}, r"x_train: expected floating images in \[0, 1\]"),
+        ({"x_train": np.full(PIXELS.shape, np.nan)}, r"x_train: expected floating images in \[0, 1\], got nan"),
         ({"x_train": PIXELS[:, :, :, :3]}, r"x_train: expected .* where one of the two is 1 or 3, got \(6, 3, 8, 3\)"),
         ({"x_train": PIXELS[:, :2]}, r"x_train: expected .* got \(6, 2, 8, 9\)"),
         ({"x_train": PIXELS[:, 0, 0]}, r"x_train: expected .* got \(6, 9\)"),
-        ({"x_train": PIXELS[:5]}, r"y_train: expected as many integers as there are images, .* for 5 images"),
+        ({"x_train": PIXELS[:5]}, r"y_train: expected as many integers as there are images, .* shape \(5, 3, 8, 9\)"),
         ({"y_train": LABELS.astype(float)}, "y_train: expected as many integers .* got float64"),
         ({"y_train": LABELS[:, None]}, r"y_train: expected .* got int64 \(6, 1\)"),
         ({"y_train": LABELS - 1}, "y_train: expected labels from 0, got -1"),
-        ({"y_test": LABELS[:3] + 1}, "test has label 3, training only 0..2"),
+        ({"y_test": LABELS[:3] + 1}, "y_test: expected labels below the number of classes in training, 3, got 3"),
+        ({"y_test": LABELS[:3].astype(np.uint64) + 2**63}, "y_test: expected labels .* 3, got 9223372036854775810"),
+        ({"y_train": LABELS * 10**12}, "y_train: expected labels below the number of training images, 6, got 2000000"),
+        ({"x_train": PIXELS[:, :, :0]}, "x_train: expected images of at least one pixel, got 0x9"),
+        ({"x_train": np.float32(3)}, r"y_train: expected as many integers .* images of shape \(\)"),
         ({"y_train": LABELS * 0, "y_test": LABELS[:3] * 0}, "expected at least 2 classes, got 1"),
         (
             {"x_test": PIXELS[:3, :, :7]},
@@ -70,7 +80,7 @@ def test_npz_grey_images_need_no_channel_axis(tmp_path):
         ),
         ({"x_test": PIXELS[:3] / 255.0}, "expected test images like the training images, torch.uint8"),
         ({"x_test": PIXELS[:0], "y_test": LABELS[:0]}, "y_test: expected .* at least 1"),
-        ({"x_train": np.array([{}] * 6)}, "x_train: Object arrays cannot be loaded when allow_pickle=False"),
+        ({"x_train": np.array([{}] * 6)}, "x_train: cannot be read: pickled objects are never loaded"),
     ],
 )
 def test_npz_errors_name_the_array(tmp_path, changes, message):
@@ -78,10 +88,48 @@ def test_npz_errors_name_the_array(tmp_path, changes, message):
         data.load(save(tmp_path / "a.npz", **changes))
 
 
+@pytest.mark.parametrize("damage", ["crc", "deflate", "header", "size", "magic"])
+def test_damaged_arrays_are_named(tmp_path, damage):
+    """x_train.npy inside of the archive with its checksum, its compressed stream, its header or its shape broken."""
+    path = tmp_path / "a.npz"
+    arrays = {"y_train": LABELS, "x_test": PIXELS[:3], "y_test": LABELS[:3]}
+    (np.savez_compressed if damage == "deflate" else np.savez)(path, x_train=PIXELS, **arrays)
+    content = path.read_bytes()
+    if damage in ("crc", "deflate"):
+        place = content.index(PIXELS.tobytes()[:8]) if damage == "crc" else 200
+        path.write_bytes(content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :])
+    else:
+        stream = io.BytesIO()
+        np.save(stream, PIXELS)
+        member = stream.getvalue()
+        broken = {
+            "header": member.replace(b"'shape'", b"{shape("),
+            "size": member.replace(b"(6, 3, 8, 9), }            ", b"(6, 3, 8, 700000000000), } "),
+            "magic": b"text" + member,
+        }[damage]
+        assert broken != member
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("x_train.npy", broken)
+            for name, array in arrays.items():
+                stream = io.BytesIO()
+                np.save(stream, array)
+                archive.writestr(f"{name}.npy", stream.getvalue())
+    with pytest.raises(ValueError, match=rf"^{path}: x_train: (cannot be read: .|expected)") as error:
+        data.load(f"npz:{path}")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("labels", [LABELS + 1, np.array([0, 1, 4, 0, 1, 4])])
+def test_classes_without_images_are_said(tmp_path, labels):
+    missing = "0" if 0 not in labels else "2, 3"
+    with pytest.warns(UserWarning, match=rf"a\.npz: no training images of class {missing}; labels count from 0"):
+        data.load(save(tmp_path / "a.npz", y_train=labels, y_test=labels[:3]))
+
+
 @pytest.mark.parametrize("content", [b"", b"no archive at all", b"PK\x03\x04 half an archive"])
 def test_a_file_that_is_no_npz(tmp_path, content):
     (tmp_path / "a.npz").write_bytes(content)
-    with pytest.raises(ValueError, match=r"a\.npz: expected an \.npz file"):
+    with pytest.raises(ValueError, match=r"a\.npz: expected an \.npz file, as numpy\.savez writes it$"):
         data.load(f"npz:{tmp_path / 'a.npz'}")
 
 
@@ -147,10 +195,49 @@ def test_folder_errors_name_the_place(folder):
     with pytest.raises(ValueError, match=r"dog.0\.png: expected \(7, 9\) pixels|cow.0\.png: expected \(8, 9\) pixels"):
         data.load(f"folder:{folder}")
     write_png(folder / "train" / "cow" / "0.png", PIXELS[0, 0].astype(np.uint16))
-    with pytest.raises(ValueError, match=r"0\.png: expected 8 bits per channel, got mode I"):
+    with pytest.raises(ValueError, match=r"0\.png: expected 8 bits per channel, got 16"):
         data.load(f"folder:{folder}")
-    (folder / "train" / "cow" / "0.png").write_text("not an image")
-    with pytest.raises(ValueError, match=r"0\.png: not an image"):
+    write_png(folder / "train" / "cow" / "0.png", PIXELS[0, 0])
+    whole = (folder / "train" / "cow" / "0.png").read_bytes()
+    for content in (b"", b"not an image", whole[:30], whole[:60], whole[:-20].replace(b"IDAT", b"IDAX")):
+        (folder / "train" / "cow" / "0.png").write_bytes(content)
+        with pytest.raises(ValueError, match=r"cow.0\.png: not an image that can be read: "):
+            data.load(f"folder:{folder}")
+
+
+def test_sixteen_bits_of_colour_are_not_cut_to_eight(folder):
+    """Pillow writes no such file, and reads it as RGB of 8 bits."""
+    path = folder / "train" / "dog" / "0.png"
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 9, 8, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(bytes(8 * (1 + 54)))),
+              (b"IEND", b"")]  # fmt: skip
+    body = b"".join(
+        struct.pack(">I", len(rest)) + name + rest + struct.pack(">I", zlib.crc32(name + rest)) for name, rest in chunks
+    )
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    with pytest.raises(ValueError, match=rf"^{path}: expected 8 bits per channel, got 16$"):
+        data.load(f"folder:{folder}")
+
+
+def test_a_huge_image_is_not_decoded(folder):
+    from PIL import Image
+
+    path = folder / "train" / "cat" / "0.png"
+    Image.new("1", (20000, 20000)).save(path)
+    with pytest.raises(ValueError, match=rf"^{path}: not an image that can be read: .*decompression bomb"):
+        data.load(f"folder:{folder}")
+
+
+def test_files_that_are_left_out_are_said(folder):
+    for name in ("a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.JPEG"):
+        (folder / "train" / "dog" / name).touch()
+    with pytest.warns(UserWarning, match=r"train.dog: a\.jpg, b\.jpg, c\.jpg and 2 more left out: .* \*\.png alone"):
+        assert len(data.load(f"folder:{folder}").train.labels) == 4
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_folder_without_its_parts_is_named(folder, part):
+    shutil.rmtree(folder / part)
+    with pytest.raises(FileNotFoundError, match=rf"^{folder}: expected folders train and test .*, no {part}$"):
         data.load(f"folder:{folder}")
 
 

@@ -1,13 +1,8 @@
-"""Recipes, models, presets, the loop, its files and its resumption."""
+"""Recipes, models, presets, the loop and the accuracy it reports; its files are in test_runs.py."""
 
 import json
 import math
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -15,47 +10,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 import robustfast
-from robustfast import disk
-from robustfast.evaluation import accuracy, noise, noise_curve, saved
+from robustfast.evaluation import accuracy, noise, noise_curve
 from robustfast.streams import stream
-from robustfast.training import Config, data, files, loop, models, preset, recipes, resume, train
+from robustfast.training import Config, data, files, loop, models, preset, recipes, train
 from robustfast.training.config import METHODS, from_json
 
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Small tensors gain nothing from threads, and tests that run side by side lose by them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """Settings of a run of a second on 66 colour images of three classes."""
-    rng = np.random.default_rng(0)
-    labels = np.arange(90) % 3
-    images = (rng.integers(0, 60, (90, 8, 8, 3)) + 90 * labels[:, None, None, None]).astype(np.uint8)
-    path = tmp_path_factory.mktemp("data") / "tiny.npz"
-    np.savez(path, x_train=images[:66], y_train=labels[:66], x_test=images[66:], y_test=labels[66:])
-    return Config(
-        data=f"npz:{path}", epochs=4, batch_size=8, inter_dim=8, milestones=(2,), crop=1, flip=True, test_sigmas=(0.3,)
-    )
-
-
-def without_time(results):
-    return {name: value for name, value in results.items() if name != "seconds"}
-
-
-def model_bits(run):
-    return {name: tensor.numpy().tobytes() for name, tensor in load_file(run / files.MODEL).items()}
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- recipes ---------------------------------------------------------------------------------------------------------
@@ -288,145 +255,6 @@ def test_streams_are_apart():
 # --- the loop --------------------------------------------------------------------------------------------------------
 
 
-def test_training_learns_and_is_bit_for_bit_repeatable(tiny, tmp_path):
-    first, again = (train(tiny, tmp_path / name) for name in ("first", "again"))
-    assert without_time(first) == without_time(again)
-    assert model_bits(tmp_path / "first") == model_bits(tmp_path / "again")
-    assert first["test"][0]["accuracy"] > 0.8, "three levels of brightness"
-    assert first["history"][-1]["loss"] < first["history"][0]["loss"]
-    assert json.loads((tmp_path / "first" / files.RESULTS).read_text()) == first
-    assert train(replace(tiny, seed=1))["history"] != first["history"]
-
-
-class Interrupt(Exception):
-    pass
-
-
-def interrupt_after(epoch):
-    def on_epoch(record):
-        if record["epoch"] == epoch:
-            raise Interrupt
-
-    return on_epoch
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_resumed_run_is_the_uninterrupted_one(tiny, tmp_path, method):
-    config = replace(tiny, method=method, noise_view="independent", epochs=3)
-    whole = train(config, tmp_path / "whole")
-    with pytest.raises(Interrupt):
-        train(config, tmp_path / "cut", interrupt_after(1))
-    assert not (tmp_path / "cut" / files.RESULTS).exists()
-    with pytest.raises(Interrupt):
-        resume(tmp_path / "cut", interrupt_after(2))
-    torch.randn(5)  # the resumed run must not depend on the process's generator
-    assert without_time(resume(tmp_path / "cut")) == without_time(whole)
-    assert model_bits(tmp_path / "cut") == model_bits(tmp_path / "whole")
-    states = [files.load_state(tmp_path / name) for name in ("cut", "whole")]
-    cut, uncut = (state["optimizer"]["state"] for state in states)
-    assert cut.keys() == uncut.keys() and len(cut) > 0
-    assert all(torch.equal(cut[key]["momentum_buffer"], uncut[key]["momentum_buffer"]) for key in cut)
-    tensors, expected = (files.load_tensors(tmp_path / name, 3) for name in ("cut", "whole"))
-    assert tensors.keys() == expected.keys() and all(torch.equal(tensors[key], expected[key]) for key in tensors)
-    assert ("recipe.loss.centroids" in tensors) == (method == "discriminative")
-
-
-def test_a_killed_process_is_resumed_to_the_same_bits(tiny, tmp_path):
-    """SIGKILL at no chosen moment: whatever was being written, the last whole epoch is there."""
-    config = preset("digits", data=tiny.data, epochs=30, batch_size=8, inter_dim=8, crop=1, flip=True)
-    out = tmp_path / "killed"
-    options = ["--data", config.data, "--epochs", "30", "--batch-size", "8", "--inter-dim", "8", "--crop", "1"]
-    command = [sys.executable, "-m", "robustfast", "train", *options, "--flip", "--threads", "1", "--out", str(out)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while len(list(out.glob("tensors-0000[3-9]*"))) == 0 and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (out / files.RESULTS).exists() and 0 < files.load_state(out)["epoch"] < config.epochs
-    assert loop.saved_config(out) == config
-    whole = train(config, tmp_path / "whole")
-    assert without_time(resume(out)) == without_time(whole)
-    assert model_bits(out) == model_bits(tmp_path / "whole")
-
-
-@pytest.mark.parametrize("broken", ["save_file", "torch.save", "os.replace"])
-def test_an_interrupted_write_leaves_the_last_checkpoint(tiny, tmp_path, monkeypatch, broken):
-    config = replace(tiny, epochs=3)
-    whole = train(config, tmp_path / "whole")
-
-    def half(content, path, *rest):
-        Path(path).write_bytes(b"half")
-        raise Interrupt
-
-    def break_writing(record):
-        place, name = {"save_file": (files, "save_file"), "torch.save": (torch, "save"), "os.replace": (os, "replace")}[
-            broken
-        ]
-        monkeypatch.setattr(place, name, half if broken != "os.replace" else lambda *paths: half(None, tmp_path / "x"))
-
-    with pytest.raises(Interrupt):
-        train(config, tmp_path / "cut", break_writing)
-    monkeypatch.undo()
-    assert files.load_state(tmp_path / "cut")["epoch"] == 1
-    assert without_time(resume(tmp_path / "cut")) == without_time(whole)
-
-
-def test_replace_keeps_the_old_file_until_the_new_one_is_whole(tmp_path):
-    path = tmp_path / "file"
-    disk.write_json(path, {"old": 1})
-
-    def fail(part):
-        part.write_text("half")
-        assert disk.read_json(path) == {"old": 1}
-        raise Interrupt
-
-    with pytest.raises(Interrupt):
-        disk.replace(path, fail)
-    assert disk.read_json(path) == {"old": 1}
-    disk.write_json(path, {"new": 2})
-    assert disk.read_json(path) == {"new": 2} and list(tmp_path.iterdir()) == [path]
-
-
-def test_old_tensors_are_removed(tiny, tmp_path):
-    train(replace(tiny, epochs=2), tmp_path)
-    assert sorted(file.name for file in tmp_path.iterdir()) == [
-        "model.safetensors", "results.json", "state.pt", "tensors-00002.safetensors",
-    ]  # fmt: skip
-
-
-def test_runs_are_not_overwritten_nor_invented(tiny, tmp_path):
-    train(replace(tiny, epochs=1), tmp_path)
-    with pytest.raises(FileExistsError, match="holds a run"):
-        train(tiny, tmp_path)
-    with pytest.raises(FileNotFoundError):
-        resume(tmp_path / "nothing")
-
-
-def test_a_finished_run_is_not_tested_again(tiny, tmp_path, monkeypatch):
-    results = train(replace(tiny, epochs=1), tmp_path)
-    monkeypatch.setattr(loop, "finish", None)
-    assert resume(tmp_path) == results
-
-
-def test_other_data_is_not_resumed(tiny, tmp_path):
-    arrays = dict(np.load(tiny.data.removeprefix("npz:")))
-    np.savez(tmp_path / "a.npz", **arrays)
-    with pytest.raises(Interrupt):
-        train(replace(tiny, data=f"npz:{tmp_path / 'a.npz'}"), tmp_path / "run", interrupt_after(1))
-    arrays["x_test"][0, 0, 0, 0] ^= 1
-    np.savez(tmp_path / "a.npz", **arrays)
-    with pytest.raises(ValueError, match="is not the data this run began with"):
-        resume(tmp_path / "run")
-
-
-def test_another_format_is_not_resumed(tiny, tmp_path):
-    train(replace(tiny, epochs=1), tmp_path)
-    torch.save({"format": 99}, tmp_path / files.STATE)
-    with pytest.raises(ValueError, match="expected format 1, got 99"):
-        files.load_state(tmp_path)
-
-
 def test_the_best_epoch_is_kept_and_the_test_set_seen_once(tiny, tmp_path, monkeypatch):
     """Scores of 3, 9, 9, 5 on validation: the third epoch's weights are those tested."""
     scores, weights, tested = iter([0.3, 0.9, 0.9, 0.5]), [], []
@@ -504,16 +332,6 @@ def test_accuracy_is_in_evaluation_mode_and_leaves_no_trace(training):
     accuracy(model, torch.rand(5, 1, 2, 2), torch.zeros(5, dtype=torch.int64), mean=[0.0], pixel_std=[1.0])
     assert model.training is training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
-def test_a_saved_run_gives_its_results_again(tiny, tmp_path):
-    results = train(replace(tiny, epochs=1), tmp_path)
-    assert saved.evaluate(tmp_path, draws=tiny.test_draws) == results["test"]
-    with pytest.raises(ValueError, match=r"digits: the model takes images \[3, 8, 8\]"):
-        saved.evaluate(tmp_path, source="digits")
-    save_file({"a": torch.zeros(1)}, tmp_path / files.MODEL)
-    with pytest.raises(ValueError, match="not a model that robustfast saved"):
-        saved.evaluate(tmp_path)
 
 
 def test_validation_is_neither_trained_on_nor_tested(tiny):

@@ -2,41 +2,87 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import torch
-
+from robustfast import disk
 from robustfast.extras import needed
+from robustfast.training import files, loop
 from robustfast.training.config import Config
-from robustfast.training.loop import train
 
 
 def compare(
-    configs: Sequence[Config], on_run: Callable[[dict[str, Any]], None] | None = None, workers: int | None = None
+    configs: Sequence[Config],
+    on_run: Callable[[dict[str, Any]], None] | None = None,
+    workers: int | None = None,
+    folders: Sequence[Path] | None = None,
 ) -> list[dict[str, Any]]:
     """The results of :func:`~robustfast.training.train` for each config, in their order.
 
     Runs go in parallel, one thread each: small models do not fill several. So results do not depend on the number of
-    workers (default: as many as this process may use cores).
+    workers (default: as many as this process may use cores). Whatever ends this call, an interruption or the death of
+    this process among it, ends all workers at once.
+
+    Args:
+        on_run: called with the results of each run, in the order in which they finish.
+        folders: a folder for each run, where an earlier call's is gone on with; None keeps everything in memory.
+
+    Raises:
+        ValueError: a folder holds a run of other settings.
+        ChildProcessError: a worker was killed.
     """
     workers = min(workers or usable_cores(), len(configs))
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,))
-    with pool:
-        futures = [pool.submit(train, config) for config in configs]
+    places: Sequence[Path | None] = folders or [None] * len(configs)
+    others = set(multiprocessing.active_children())
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _end_with_parent) as pool:
         try:
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # workers begin, and stay, deaf to it
+            try:
+                futures = [pool.submit(_go_on, *run) for run in zip(configs, places, strict=True)]
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
             for future in as_completed(futures):
                 if on_run is not None:
                     on_run(future.result())
             return [future.result() for future in futures]
+        except BrokenProcessPool as error:
+            hint = "a worker was killed, perhaps for want of memory: fewer workers need less"
+            raise ChildProcessError(hint) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.kill()
             raise
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _go_on(config: Config, folder: Path | None) -> dict[str, Any]:
+    config = replace(config, threads=1)
+    if folder is None or not files.holds_run(folder):
+        return loop.train(config, folder)
+    if loop.saved_run(folder)[0] != config:
+        raise ValueError(f"{folder} holds a run of other settings: overwrite it, or choose another folder")
+    return loop.resume(folder)
 
 
 def usable_cores() -> int:
@@ -65,6 +111,20 @@ def summarise(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def winners(summary: Sequence[dict[str, Any]]) -> set[tuple[str, float]]:
+    """The (method, sigma) that the spread carries: mean - std there is above mean + std of every other method."""
+    return {
+        (point["method"], point["sigma"])
+        for point in summary
+        if point["runs"] > 1
+        and all(
+            point["mean"] - point["std"] > other["mean"] + other["std"]
+            for other in summary
+            if other["sigma"] == point["sigma"] and other["method"] != point["method"]
+        )
+    }
+
+
 def plot(summary: Sequence[dict[str, Any]], path: Path, trained_sigma: float) -> None:
     """Save accuracy over sigma, one line per method with its deviation, as the picture ``path``."""
     with needed():
@@ -81,4 +141,6 @@ def plot(summary: Sequence[dict[str, Any]], path: Path, trained_sigma: float) ->
     axes.set(xlabel=r"$\sigma$ of the Gaussian noise", ylabel="test accuracy, %")
     axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=150)
+    disk.write(path, picture.getvalue())

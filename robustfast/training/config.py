@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from robustfast import checks
 from robustfast.reference import Settings
@@ -55,15 +55,17 @@ class Config:
     seed: int = _setting(0, "decides the split, the initial weights, the order, the augmentation and the noise")
     device: str = _setting("auto", "auto, cpu or cuda")
     backend: str = _setting("auto", "backend of the loss and of the noise: auto, cpu, cuda, triton or reference")
+    threads: int = _setting(0, "threads of PyTorch; 0: its own choice, kept when the run is resumed")
 
     def __post_init__(self) -> None:
+        self._expect_types()
         for name in ("milestones", "test_sigmas"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name, choices in (("method", METHODS), ("model", MODELS), ("noise_view", NOISE_VIEWS)):
             self._expect(name, f"one of {', '.join(choices)}", choices.__contains__)
         for name in ("inter_dim", "batch_size", "epochs", "test_draws"):
             self._expect(name, "at least 1", lambda value: value >= 1)
-        for name in ("sigma", "loss_weight", "lr", "weight_decay", "crop"):
+        for name in ("sigma", "loss_weight", "lr", "weight_decay", "crop", "threads"):
             self._expect(name, "a finite number >= 0", lambda value: 0 <= value < math.inf)
         self._expect("momentum", "0 <= momentum < 1", lambda value: 0 <= value < 1)
         self._expect("decay", "0 < decay <= 1", lambda value: 0 < value <= 1)
@@ -72,6 +74,15 @@ class Config:
         self._expect("test_sigmas", "finite numbers >= 0", lambda values: all(0 <= v < math.inf for v in values))
         settings = Settings(self.delta_var, self.delta_dist, self.alpha, self.beta, self.gamma, self.centroid_momentum)
         checks.loss_settings(settings, self.norm)
+
+    def _expect_types(self) -> None:
+        for name, hint in get_type_hints(Config).items():
+            value = getattr(self, name)
+            kind, *several = get_args(hint) or (hint,)  # (int, ...) of tuple[int, ...]
+            accepted = (int, float) if kind is float else kind
+            entries = value if several and isinstance(value, list | tuple) else [value]
+            if not all(isinstance(entry, accepted) and isinstance(entry, bool) <= (kind is bool) for entry in entries):
+                raise ValueError(f"{name}: expected {kind.__name__}{'s' if several else ''}, got {value!r}")
 
     def _expect(self, name: str, expected: str, holds: Callable[[Any], bool]) -> None:
         value = getattr(self, name)

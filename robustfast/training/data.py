@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import zipfile
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from robustfast.extras import needed
 from robustfast.streams import generator
+from robustfast.training.checksum import checksum
 
 CHANNELS = (1, 3)  # grey and RGB
 
@@ -40,18 +41,17 @@ class DataSet(NamedTuple):
 
     def fingerprint(self) -> str:
         """A hash of every pixel and label: a run is resumed on the data it began with."""
-        digest = hashlib.blake2b(digest_size=16)
-        for tensor in (*self.train, *self.test):
-            digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
-            digest.update(tensor.contiguous().numpy().data)
-        return digest.hexdigest()
+        return checksum((*self.train, *self.test))
 
 
 def load(source: str) -> DataSet:
     """The data set that ``digits``, ``npz:FILE`` or ``folder:DIR`` names; see :func:`npz` and :func:`folder`.
 
+    Warns:
+        UserWarning: classes without training images, and files that are left out.
+
     Raises:
-        ValueError: the name is none of these, or the data is not as described there.
+        ValueError: the name is none of these, or the data is not as described there; names the file.
         FileNotFoundError: there is no such file or folder.
     """
     kind, _, path = source.partition(":")
@@ -79,55 +79,64 @@ def npz(path: Path) -> DataSet:
 
     Images are uint8, or floating in [0, 1], of shape (N, H, W), (N, H, W, C) or (N, C, H, W); C is 1 or 3, and it is
     the one axis of the two that has such a size. Labels are integers of shape (N,), 0..K-1, where K - 1 is the
-    greatest in y_train.
+    greatest in y_train and K at most the number of training images.
 
     Raises:
-        ValueError: an array is missing or otherwise; pickled objects are never loaded.
+        ValueError: an array is missing, damaged or otherwise; pickled objects are never loaded.
     """
     with _open_npz(path) as arrays:
         missing = [name for name in ("x_train", "y_train", "x_test", "y_test") if name not in arrays]
         if missing:
             raise ValueError(f"{path}: no {', '.join(missing)}; it holds {', '.join(arrays) or 'nothing'}")
-        train, test = (_npz_part(path, arrays, part) for part in ("train", "test"))
-    return _checked(path, DataSet(train, test, tuple(map(str, range(int(train.labels.max()) + 1)))))
+        train = _npz_part(path, arrays, "train")
+        num_classes = int(train.labels.max()) + 1
+        test = _npz_part(path, arrays, "test", num_classes)
+    return _checked(path, DataSet(train, test, tuple(map(str, range(num_classes)))))
 
 
 def _open_npz(path: Path) -> np.lib.npyio.NpzFile:
     try:
         arrays = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: expected an .npz file: {error}") from error
+    except OSError:
+        raise
+    except Exception as error:  # whatever NumPy and zipfile say of bytes that are neither's
+        raise ValueError(f"{path}: expected an .npz file, as numpy.savez writes it") from error
     if not isinstance(arrays, np.lib.npyio.NpzFile):
         raise ValueError(f"{path}: expected an .npz file, got a single array")
     return arrays
 
 
-def _npz_part(path: Path, arrays: np.lib.npyio.NpzFile, part: str) -> Images:
+def _npz_part(path: Path, arrays: np.lib.npyio.NpzFile, part: str, num_classes: int | None = None) -> Images:
     x, y = (_read_array(path, arrays, f"{letter}_{part}") for letter in "xy")
-    if y.ndim != 1 or y.dtype.kind not in "iu" or len(y) != len(x) or len(y) == 0:
+    if x.ndim == 0 or y.ndim != 1 or y.dtype.kind not in "iu" or len(y) != len(x) or len(y) == 0:
         raise ValueError(
             f"{path}: y_{part}: expected as many integers as there are images, at least 1, "
-            f"got {y.dtype} {y.shape} for {len(x)} images"
+            f"got {y.dtype} {y.shape} for images of shape {x.shape}"
         )
-    if y.min() < 0:
-        raise ValueError(f"{path}: y_{part}: expected labels from 0, got {y.min()}")
+    lowest, highest = int(y.min()), int(y.max())
+    if lowest < 0:
+        raise ValueError(f"{path}: y_{part}: expected labels from 0, got {lowest}")
+    if highest >= (num_classes or len(y)):
+        limit = f"classes in training, {num_classes}" if num_classes else f"training images, {len(y)}"
+        raise ValueError(f"{path}: y_{part}: expected labels below the number of {limit}, got {highest}")
     return Images(_pixels(f"{path}: x_{part}", x), torch.from_numpy(y.astype(np.int64)))
 
 
 def _read_array(path: Path, arrays: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
     try:
-        return arrays[name]
-    except ValueError as error:
-        raise ValueError(f"{path}: {name}: {error}") from error
+        array = arrays[name]
+    except Exception as error:  # a wrong checksum, a broken header or stream, a size beyond the memory
+        pickled = isinstance(error, ValueError) and "allow_pickle" in str(error)
+        reason = "pickled objects are never loaded" if pickled else " ".join(str(error).split())
+        raise ValueError(f"{path}: {name}: cannot be read: {reason or type(error).__name__}") from error
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{path}: {name}: expected an array")
+    return array
 
 
 def _pixels(name: str, x: np.ndarray) -> Tensor:
     if x.dtype != np.uint8 and x.dtype.kind != "f":
         raise ValueError(f"{name}: expected uint8 or floating images, got {x.dtype}")
-    if x.dtype.kind == "f":
-        x = x.astype(np.float32)
-        if not (x.min(initial=0) >= 0 and x.max(initial=0) <= 1):
-            raise ValueError(f"{name}: expected floating images in [0, 1], got {x.min()} to {x.max()}")
     if x.ndim == 3:
         x = x[:, None]
     elif x.ndim == 4 and (x.shape[1] in CHANNELS) != (x.shape[3] in CHANNELS):
@@ -136,6 +145,14 @@ def _pixels(name: str, x: np.ndarray) -> Tensor:
         raise ValueError(
             f"{name}: expected (N, H, W), or (N, H, W, C) or (N, C, H, W) where one of the two is 1 or 3, got {x.shape}"
         )
+    if 0 in x.shape[2:]:
+        raise ValueError(f"{name}: expected images of at least one pixel, got {x.shape[2]}x{x.shape[3]}")
+    if x.dtype.kind == "f":
+        x = x.astype(np.float32)
+        if np.isnan(x).any():
+            raise ValueError(f"{name}: expected floating images in [0, 1], got nan")
+        if x.min() < 0 or x.max() > 1:
+            raise ValueError(f"{name}: expected floating images in [0, 1], got {x.min()} to {x.max()}")
     return torch.from_numpy(np.ascontiguousarray(x))
 
 
@@ -143,56 +160,78 @@ def folder(path: Path) -> DataSet:
     """Images ``train/CLASS/*.png`` and ``test/CLASS/*.png``, all of one size.
 
     Classes are the folders of ``train``, in alphabetical order. Images are grey where every file is (8 bits or 1),
-    else RGB; transparency is dropped.
+    else RGB; transparency is dropped. Other files are left out, with a warning.
 
     Raises:
-        ValueError: a folder has no images, a file is no image of 8 bits, sizes differ, or test has other classes.
+        FileNotFoundError: there is no folder ``train`` or ``test``.
+        ValueError: a folder has no images, a file is no PNG of 8 bits, sizes differ, or test has other classes.
     """
+    for part in ("train", "test"):
+        if not (path / part).is_dir():
+            raise FileNotFoundError(f"{path}: expected folders train and test with a folder for each class, no {part}")
     classes = tuple(sorted(entry.name for entry in (path / "train").iterdir() if entry.is_dir()))
     unknown = {entry.name for entry in (path / "test").iterdir() if entry.is_dir()} - set(classes)
     if unknown:
         raise ValueError(f"{path / 'test'}: classes that train does not have: {', '.join(sorted(unknown))}")
-    files = {part: list(_files(path / part, classes)) for part in ("train", "test")}
-    modes = {_mode(file) for part in files.values() for file, _ in part}
-    mode = "L" if modes <= {"1", "L"} else "RGB"
-    train, test = (_read_files(path / part, found, mode) for part, found in files.items())
+    parts = {part: list(_files(path / part, classes)) for part in ("train", "test")}
+    mode = _common_mode([file for files in parts.values() for file, _ in files])
+    train, test = (_read_files(path / part, files, mode) for part, files in parts.items())
     return _checked(path, DataSet(train, test, classes))
 
 
 def _files(part: Path, classes: tuple[str, ...]) -> Iterator[tuple[Path, int]]:
     for label, name in enumerate(classes):
-        found = sorted((part / name).glob("*.png"))
+        entries = sorted((part / name).iterdir()) if (part / name).is_dir() else []
+        found = [entry for entry in entries if entry.suffix == ".png"]
         if not found and part.name == "train":
             raise ValueError(f"{part / name}: expected images *.png, found none")
+        if left_out := [entry.name for entry in entries if entry not in found]:
+            warnings.warn(f"{part / name}: {_some(left_out)} left out: images are read from *.png alone", stacklevel=2)
         yield from ((file, label) for file in found)
 
 
-def _mode(file: Path) -> str:
+def _common_mode(files: list[Path]) -> str:
+    """L if all are grey, else RGB. Read from the headers, which have to agree on the size before one is decoded."""
+    headers = [_header(file) for file in files]
+    for file, (size, _) in zip(files, headers, strict=True):
+        if size != headers[0][0]:
+            raise ValueError(f"{file}: expected {headers[0][0]} pixels as in {files[0]}, got {size}")
+    return "L" if all(mode in ("1", "L") for _, mode in headers) else "RGB"
+
+
+def _header(file: Path) -> tuple[tuple[int, int], str]:
+    """(height, width) and mode of a PNG file of 8 bits or less; Pillow would cut more to 8 without a word."""
+    with _reading(file) as image:
+        width, height = image.size
+        mode = image.mode
+    with open(file, "rb") as content:
+        depth = content.read(25)[24]
+    if depth > 8:
+        raise ValueError(f"{file}: expected 8 bits per channel, got {depth}")
+    return (height, width), mode
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[Any]:
+    """An open PNG file; whatever is wrong with it is a ValueError naming it."""
     with needed():
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image
     try:
-        with Image.open(file) as image:
-            mode = image.mode
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{file}: not an image") from error
-    if mode.startswith(("I", "F")):
-        raise ValueError(f"{file}: expected 8 bits per channel, got mode {mode}")
-    return mode
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file, formats=["PNG"]) as image:
+                yield image
+    except Exception as error:  # Pillow has OSError, SyntaxError, ValueError and more for a broken file
+        raise ValueError(f"{file}: not an image that can be read: {error}") from error
 
 
 def _read_files(part: Path, files: list[tuple[Path, int]], mode: str) -> Images:
-    from PIL import Image
-
     if not files:
         raise ValueError(f"{part}: expected images CLASS/*.png, found none")
     arrays = []
     for file, _ in files:
-        with Image.open(file) as image:
+        with _reading(file) as image:
             arrays.append(np.asarray(image.convert(mode)))
-        if arrays[-1].shape != arrays[0].shape:
-            raise ValueError(
-                f"{file}: expected {arrays[0].shape[:2]} pixels as in {files[0][0]}, got {arrays[-1].shape[:2]}"
-            )
     return Images(_pixels(str(part), np.stack(arrays)), torch.tensor([label for _, label in files]))
 
 
@@ -205,9 +244,16 @@ def _checked(path: Path, data: DataSet) -> DataSet:
         )
     if len(classes) < 2:
         raise ValueError(f"{path}: expected at least 2 classes, got {len(classes)}")
-    if test.labels.max() >= len(classes):
-        raise ValueError(f"{path}: test has label {int(test.labels.max())}, training only 0..{len(classes) - 1}")
+    counts = train.labels.bincount(minlength=len(classes))
+    if empty := [name for name, count in zip(classes, counts, strict=True) if count == 0]:
+        warnings.warn(f"{path}: no training images of class {_some(empty)}; labels count from 0", stacklevel=2)
     return data
+
+
+def _some(names: Sequence[str]) -> str:
+    """The names, the first few of many."""
+    rest = f" and {len(names) - 3} more" if len(names) > 4 else ""
+    return ", ".join(names[:3] if rest else names) + rest
 
 
 def stratified_split(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:

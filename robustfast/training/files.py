@@ -1,4 +1,4 @@
-"""Files of a run, each written beside its place and then renamed: an interruption never leaves half a file."""
+"""The files of a run."""
 
 from __future__ import annotations
 
@@ -6,70 +6,67 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from robustfast.disk import replace
+from robustfast.disk import write
 from robustfast.extras import needed
+from robustfast.training.checksum import checksum
 
 with needed():
-    from safetensors import safe_open
-    from safetensors.torch import load_file, save_file
+    import safetensors
+    import safetensors.torch
 
-FORMAT = 1
-STATE = "state.pt"
+FORMAT = 2
+STATE = "state.safetensors"
 MODEL = "model.safetensors"
 RESULTS = "results.json"
 
 
-def save_checkpoint(run: Path, epoch: int, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
-    """Write the state after ``epoch`` epochs: ``tensors`` as safetensors, ``rest`` for torch.load(weights_only=True).
+def holds_run(folder: Path) -> bool:
+    """Whether a file of a run lies there."""
+    return any((folder / name).exists() for name in (STATE, MODEL, RESULTS))
 
-    state.pt is the commit: it is written last and names the epoch whose tensors belong to it.
+
+def remove_run(folder: Path) -> None:
+    """Delete the files of a run, its results first: what is left at any moment still belongs together."""
+    for name in (RESULTS, MODEL, STATE):
+        (folder / name).unlink(missing_ok=True)
+
+
+def save(path: Path, kind: str, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+    """Write tensors, and JSON about them, as a safetensors file with a checksum over both.
+
+    Args:
+        kind: "state" or "model": :func:`load` takes the one for nothing but itself.
     """
-    current = _tensor_file(run, epoch)
-    replace(current, lambda part: save_file(tensors, part))
-    replace(run / STATE, lambda part: torch.save({"format": FORMAT, "epoch": epoch, **rest}, part))
-    for old in run.glob("tensors-*.safetensors"):
-        if old != current:
-            old.unlink()
+    text = json.dumps({"kind": kind, "format": FORMAT, **about}, allow_nan=False)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {"robustfast": text, "checksum": _checksum(tensors, text)}
+    write(path, safetensors.torch.save(tensors, metadata))
 
 
-def load_state(run: Path) -> dict[str, Any]:
-    """``rest`` of the last checkpoint that was written whole, and its ``epoch``.
+def load(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, about) of :func:`save`, on the CPU.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: another version of the package wrote it.
+        OSError: the file cannot be read.
+        ValueError: it is cut short, changed, of another kind or of another version of the package; names the file.
     """
-    state = torch.load(run / STATE, weights_only=True, map_location="cpu")
-    if state["format"] != FORMAT:
-        raise ValueError(f"{run / STATE}: expected format {FORMAT}, got {state['format']}")
-    return state
+    content = path.read_bytes()
+    try:
+        tensors = safetensors.torch.load(content)
+        metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+        text, expected = metadata["robustfast"], metadata["checksum"]
+        about = json.loads(text)
+        written = {"kind": about["kind"], "format": about["format"]}
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a {kind} that robustfast saved, or cut short") from error
+    if written != {"kind": kind, "format": FORMAT}:
+        raise ValueError(f"{path}: expected a {kind} of format {FORMAT}, got {written['kind']} of {written['format']}")
+    if _checksum(tensors, text) != expected:
+        raise ValueError(f"{path}: damaged: its content does not fit its checksum")
+    return tensors, about
 
 
-def load_tensors(run: Path, epoch: int) -> dict[str, Tensor]:
-    """``tensors`` of the checkpoint after that epoch."""
-    return load_file(_tensor_file(run, epoch))
-
-
-def _tensor_file(run: Path, epoch: int) -> Path:
-    return run / f"tensors-{epoch:05d}.safetensors"
-
-
-def save_model(path: Path, weights: dict[str, Tensor], about: dict[str, Any]) -> None:
-    """Weights, with what is needed to use them as JSON in the file's header."""
-    replace(path, lambda part: save_file(weights, part, metadata={"robustfast": json.dumps(about)}))
-
-
-def load_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(weights, about) of :func:`save_model`.
-
-    Raises:
-        ValueError: the file has no header of ours.
-    """
-    with safe_open(path, framework="pt") as file:
-        about = (file.metadata() or {}).get("robustfast")
-    if about is None:
-        raise ValueError(f"{path}: not a model that robustfast saved")
-    return load_file(path), json.loads(about)
+def _checksum(tensors: dict[str, Tensor], text: str) -> str:
+    return checksum((tensors[name] for name in sorted(tensors)), "\n".join((text, *sorted(tensors))))

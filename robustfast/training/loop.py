@@ -6,6 +6,8 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,7 +46,7 @@ class Run:
 
     def __init__(self, setup: Setup) -> None:
         config, classes = setup.config, len(setup.classes)
-        device = setup.train.pixels.device
+        self.device = device = setup.train.pixels.device
         channels = setup.train.pixels.shape[1]
         self.model = models.build(config.model, channels, config.inter_dim, classes, stream(config.seed, "init"))
         self.model.to(device)
@@ -62,58 +64,76 @@ class Run:
         """The epoch, from 1, with the highest validation score; the last of equals."""
         return int(max(self.history, key=lambda record: (record["validation"], record["epoch"]))["epoch"])
 
-    def save(self, path: Path, setup: Setup) -> None:
+    def save(self, out: Path, setup: Setup) -> None:
+        """Write the state after the last whole epoch; the identity of the run is its settings and its data."""
         tensors = {f"{part}.{name}": tensor for part, state in self._states().items() for name, tensor in state.items()}
-        rest = {
-            "config": setup.config.as_json(),
-            "fingerprint": setup.fingerprint,
-            "optimizer": self.optimizer.state_dict(),
-            "history": self.history,
-            "seconds": self.seconds,
-        }
-        files.save_checkpoint(path, len(self.history), tensors, rest)
+        about = {**_identity(setup), "history": self.history, "seconds": self.seconds}
+        files.save(out / files.STATE, "state", tensors, about)
 
-    def load(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    def load(self, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+        """Take over what :meth:`save` wrote."""
         parts: dict[str, dict[str, Tensor]] = {part: {} for part in self._states()}
         for name, tensor in tensors.items():
             part, _, key = name.partition(".")
             parts[part][key] = tensor
         self.model.load_state_dict(parts["model"])
         self.recipe.load_state_dict(parts["recipe"])
-        self.best = parts["best"]
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.history, self.seconds = state["history"], state["seconds"]
+        self.best = {name: tensor.to(self.device) for name, tensor in parts["best"].items()}
+        momenta: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in parts["optimizer"].items():
+            index, _, key = name.partition(".")
+            momenta.setdefault(int(index), {})[key] = tensor
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": momenta})
+        self.history, self.seconds = about["history"], about["seconds"]
 
     def _states(self) -> dict[str, dict[str, Tensor]]:
-        return {"model": self.model.state_dict(), "recipe": self.recipe.state_dict(), "best": self.best}
+        momenta = self.optimizer.state_dict()["state"]
+        optimizer = {f"{index}.{key}": tensor for index, state in momenta.items() for key, tensor in state.items()}
+        return {
+            "model": self.model.state_dict(),
+            "recipe": self.recipe.state_dict(),
+            "best": self.best,
+            "optimizer": optimizer,
+        }
 
 
 def train(
-    config: Config, out: Path | None = None, on_epoch: Callable[[dict[str, float]], None] | None = None
+    config: Config,
+    out: Path | None = None,
+    on_epoch: Callable[[dict[str, float]], None] | None = None,
+    *,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Train as ``config`` says, keep the weights of the best epoch, and test them once.
 
     Args:
-        config: all settings; on the CPU they fix the result bit for bit, for one machine, version of PyTorch, backend
-            and number of threads; on a GPU as far as cuDNN's algorithms repeat theirs.
+        config: all settings; on the CPU they fix the result bit for bit, for one machine, version of PyTorch and
+            backend; on a GPU as far as cuDNN's algorithms repeat theirs. ``threads`` 0 becomes PyTorch's present
+            number.
         out: folder for the run: its state after every epoch, then model.safetensors (the best epoch's weights) and
             results.json. None keeps everything in memory.
         on_epoch: called with each new record of the history, after it is on the disk.
+        overwrite: delete a run that ``out`` holds; otherwise that is an error.
 
     Returns:
         The content of results.json, as docs/results.md describes it.
 
     Raises:
         FileExistsError: ``out`` holds a run.
+        OSError: ``out`` cannot be written to.
         ValueError: the data or a setting is wrong.
-        FloatingPointError: the loss of an epoch is not finite.
+        FloatingPointError: the loss of an epoch is not finite; the state of the last good epoch is kept.
     """
-    if out is not None and (out / files.STATE).exists():
-        raise FileExistsError(f"{out} holds a run: resume it, or choose another folder")
+    if out is not None and not overwrite and files.holds_run(out):
+        raise FileExistsError(
+            f"{out} holds a run: go on with it (resume), replace it (overwrite) or choose another folder"
+        )
+    if out is not None:
+        disk.make_folder(out)
     setup = prepare(config)
     run = Run(setup)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
+        files.remove_run(out)
         run.save(out, setup)
     return _go_on(setup, run, out, on_epoch)
 
@@ -121,31 +141,68 @@ def train(
 def resume(out: Path, on_epoch: Callable[[dict[str, float]], None] | None = None) -> dict[str, Any]:
     """Go on with the run in ``out`` from its last whole epoch, to the bit where it would be uninterrupted.
 
-    A finished run is not tested again: its results are returned. See :func:`train` for the rest.
+    Its settings, the number of threads among them, are those it began with. A finished run is not tested again: its
+    results are returned. See :func:`train` for the rest.
 
     Raises:
         FileNotFoundError: there is no run in ``out``.
-        ValueError: the data is no longer that of the run.
+        ValueError: the data is no longer that of the run, a file is damaged, or the results are another run's.
     """
-    if (out / files.RESULTS).exists():
-        return disk.read_json(out / files.RESULTS)
-    state = files.load_state(out)
-    setup = prepare(from_json(state["config"]))
-    if setup.fingerprint != state["fingerprint"]:
+    tensors, about = _saved_state(out)
+    if (results := _finished(out, about)) is not None:
+        return results
+    setup = prepare(from_json(about["config"]))
+    if setup.fingerprint != about["fingerprint"]:
         raise ValueError(f"{out}: {setup.config.data} is not the data this run began with")
     run = Run(setup)
-    run.load(files.load_tensors(out, state["epoch"]), state)
+    try:
+        run.load(tensors, about)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ValueError(f"{out / files.STATE}: its tensors are not those of its settings") from error
     return _go_on(setup, run, out, on_epoch)
+
+
+def saved_run(out: Path) -> tuple[Config, int]:
+    """The settings of the run in ``out`` and how many epochs of it are done.
+
+    Raises:
+        FileNotFoundError: there is no run in ``out``.
+        ValueError: its state is damaged.
+    """
+    _, about = _saved_state(out)
+    return from_json(about["config"]), len(about["history"])
+
+
+def _saved_state(out: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        return files.load(out / files.STATE, "state")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{out}: no run to go on with: there is no {files.STATE}") from error
+
+
+def _finished(out: Path, about: dict[str, Any]) -> dict[str, Any] | None:
+    """The results of the run whose state is ``about``, if it has finished."""
+    path = out / files.RESULTS
+    if not path.exists():
+        return None
+    results = disk.read_json(path)
+    if (results.get("config"), results.get("fingerprint")) != (about["config"], about["fingerprint"]):
+        raise ValueError(f"{path}: the results of another run than {files.STATE} beside it")
+    return results
+
+
+def _identity(setup: Setup) -> dict[str, Any]:
+    """What makes a run this run: each of its files holds it."""
+    return {"config": setup.config.as_json(), "fingerprint": setup.fingerprint}
 
 
 def prepare(config: Config) -> Setup:
     """Load the data, hold out validation and fix the normalisation, on the device."""
     device = pick_device(config.device)
-    try:
-        backends = {op: resolve(config.backend, device.type, op) for op in ("discriminative_loss", "noisy_pair")}
-    except RuntimeError as error:
-        raise ValueError(error) from error
+    backends = pick_backends(config.backend, device)
+    config = replace(config, threads=config.threads or torch.get_num_threads())
     loaded = data.load(config.data)
+    models.check_image(config.model, loaded.train.pixels.shape[2:])
     ids, held_out = data.stratified_split(loaded.train.labels, config.validation, config.seed)
     train = loaded.train.take(ids)
     mean, pixel_std = data.channel_statistics(train.pixels)
@@ -153,11 +210,6 @@ def prepare(config: Config) -> Setup:
         config, loaded.classes, train.to(device), ids.to(device), loaded.train.take(held_out).to(device),
         loaded.test.to(device), {"mean": mean, "pixel_std": pixel_std}, backends, loaded.fingerprint(),
     )  # fmt: skip
-
-
-def saved_config(out: Path) -> Config:
-    """The settings of the run in ``out``; FileNotFoundError if there is none."""
-    return from_json(files.load_state(out)["config"])
 
 
 def pick_device(name: str) -> torch.device:
@@ -169,18 +221,38 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def pick_backends(name: str, device: torch.device) -> dict[str, str]:
+    """The backend of each op that training uses; ValueError if the one named cannot run there."""
+    try:
+        return {op: resolve(name, device.type, op) for op in ("discriminative_loss", "noisy_pair")}
+    except RuntimeError as error:
+        raise ValueError(error) from error
+
+
 def _go_on(
     setup: Setup, run: Run, out: Path | None, on_epoch: Callable[[dict[str, float]], None] | None
 ) -> dict[str, Any]:
-    while len(run.history) < setup.config.epochs:
-        start = time.perf_counter()
-        record = train_epoch(setup, run)
-        run.seconds += time.perf_counter() - start
-        if out is not None:
-            run.save(out, setup)
-        if on_epoch is not None:
-            on_epoch(record)
-    return finish(setup, run, out)
+    with _threads(setup.config.threads):
+        while len(run.history) < setup.config.epochs:
+            start = time.perf_counter()
+            record = train_epoch(setup, run)
+            run.seconds += time.perf_counter() - start
+            if out is not None:
+                run.save(out, setup)
+            if on_epoch is not None:
+                on_epoch(record)
+        return finish(setup, run, out)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """PyTorch with that many threads; with as many as before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def train_epoch(setup: Setup, run: Run) -> dict[str, float]:
@@ -248,14 +320,13 @@ def finish(setup: Setup, run: Run, out: Path | None) -> dict[str, Any]:
     run.model.load_state_dict(run.best)
     results = {
         "format": files.FORMAT,
-        "config": config.as_json(),
+        **_identity(setup),
         "data": {
             "classes": list(setup.classes),
             "image": list(setup.train.pixels.shape[1:]),
             "train": len(setup.train.labels),
             "validation": len(setup.validation.labels),
             "test": len(setup.test.labels),
-            "fingerprint": setup.fingerprint,
         },
         "history": run.history,
         "best_epoch": run.best_epoch,
@@ -269,13 +340,12 @@ def finish(setup: Setup, run: Run, out: Path | None) -> dict[str, Any]:
             "torch": torch.__version__,
             "python": platform.python_version(),
             "device": setup.train.pixels.device.type,
-            "threads": torch.get_num_threads(),
             "backends": setup.backends,
         },
     }  # fmt: skip
     if out is not None:
-        about = {"config": config.as_json(), "classes": setup.classes, "image": list(setup.train.pixels.shape[1:]),
-                 "normalization": setup.normalization}  # fmt: skip
-        files.save_model(out / files.MODEL, run.best, about)
+        about = {name: results["data"][name] for name in ("classes", "image")}
+        about |= {**_identity(setup), "normalization": setup.normalization}
+        files.save(out / files.MODEL, "model", run.best, about)
         disk.write_json(out / files.RESULTS, results)
     return results

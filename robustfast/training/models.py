@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -71,6 +73,12 @@ class Block(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         inner = F.relu(self.bn1(self.conv1(images)))
         return F.relu(self.bn2(self.conv2(inner)) + self.shortcut(images))
+
+
+def check_image(name: str, size: Sequence[int]) -> None:
+    """ValueError if images of (height, width) are too small for the model of that name."""
+    if name == "small" and min(size) < 2:
+        raise ValueError(f"model: small needs images of 2x2 pixels or more, got {size[0]}x{size[1]}")
 
 
 def build(name: str, channels: int, inter_dim: int, num_classes: int, seed: int) -> Classifier:
