@@ -1,6 +1,7 @@
-"""What tests of several backends share."""
+"""What tests of several backends share: every floor that can run here, and how slow it is."""
 
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -9,11 +10,48 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is decorated: Triton's run on the CPU then
 
-from robustfast import backends
-from robustfast.backends import home
+from cuda_emulation.build import build
 
-# Interpreted kernels are too slow for these tests: test_triton.py has its own.
-USABLE = [name for name, reason in backends().items() if reason is None and (name, home(name)) != ("triton", "cpu")]
+from robustfast import backends
+from robustfast.backends import LIBRARIES, home
+from robustfast.ops import define
+
+USABLE = [name for name, reason in backends().items() if reason is None]
+if backends()["cpu"] is None and shutil.which("g++"):
+    USABLE.append("emulated")  # the CUDA backend's own kernels, compiled by g++
+# Backends whose kernels take milliseconds for a small batch: their tests take fewer examples.
+SLOW = {"emulated", *(name for name in ("triton",) if home(name) == "cpu")}
+
+
+@pytest.fixture(scope="session")
+def emulated():
+    """The emulated CUDA backend, under the name "emulated" while tests run."""
+    torch.ops.load_library(build())
+    define("robustfast_emulated")
+    LIBRARIES["emulated"] = "robustfast_emulated"
+    yield
+    del LIBRARIES["emulated"]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def patch_language_once():
+    """The interpreter patches triton.language again at each call of a device function, which takes half of its time."""
+    if "triton" not in SLOW & set(USABLE):
+        yield
+        return
+    from triton.runtime import interpreter
+
+    def call(function, *args, **kwargs):
+        language = id(function.fn.__globals__)
+        if language not in patched:
+            interpreter._patch_lang(function.fn)
+            patched.add(language)
+        return function.rewrite()(*args, **kwargs)
+
+    patched: set[int] = set()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpretedFunction, "__call__", call)
+        yield
 
 
 def pytest_collection_modifyitems(items):
@@ -26,9 +64,11 @@ def pytest_runtest_setup():
     torch.manual_seed(0)  # a test has the same numbers in every run
 
 
-@pytest.fixture(params=USABLE)
+@pytest.fixture(params=[name for name in USABLE if name not in SLOW])
 def backend(request):
     """Every backend that can run here."""
+    if request.param == "emulated":
+        request.getfixturevalue("emulated")
     return request.param
 
 

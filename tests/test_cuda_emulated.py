@@ -8,27 +8,16 @@ import os
 
 import pytest
 import torch
-from cuda_emulation.build import build
 from loss_cases import GOLDEN, assert_close, golden_steps, random_case, run
 
 from robustfast import functional
-from robustfast.backends import LIBRARIES, why_not
-from robustfast.ops import define
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 HALF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 NAN, INF = float("nan"), float("inf")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def emulated(tmp_path_factory):
-    if why_not("cpu") is not None:
-        pytest.skip("backends other than the reference need robustfast._C")
-    torch.ops.load_library(build(tmp_path_factory.mktemp("cuda_emulation")))
-    define("robustfast_emulated")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(LIBRARIES, "emulated", "robustfast_emulated")
-        yield
+pytestmark = pytest.mark.usefixtures("emulated")
 
 
 def assert_matches_float64(tensors, **keywords):

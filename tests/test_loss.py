@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import USABLE
+from conftest import SLOW, USABLE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_cases import GOLDEN, assert_close, golden_steps, random_case, run
@@ -15,7 +15,7 @@ from robustfast import backends, functional, reference
 from robustfast.backends import home, ops
 from robustfast.reference import Settings
 
-KERNELS = [name for name in USABLE if name != "reference"]
+KERNELS = [name for name in USABLE if name != "reference" and name not in SLOW]
 WIDE = {torch.float64: 1e-10, torch.float32: 1e-5}
 needs_cpu = pytest.mark.skipif(backends()["cpu"] is not None, reason=str(backends()["cpu"]))
 

@@ -24,24 +24,6 @@ SETTINGS = (list(Settings()), None, 2, True, -100)
 OPS = ops("triton") if backends()["triton"] is None else None
 
 
-@pytest.fixture(autouse=True, scope="module")
-def patch_language_once():
-    """The interpreter patches triton.language again at each call of a device function, which takes half of its time."""
-    from triton.runtime import interpreter
-
-    def call(function, *args, **kwargs):
-        language = id(function.fn.__globals__)
-        if language not in patched:
-            interpreter._patch_lang(function.fn)
-            patched.add(language)
-        return function.rewrite()(*args, **kwargs)
-
-    patched: set[int] = set()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter.InterpretedFunction, "__call__", call)
-        yield
-
-
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of 16 and 4, which small cases cross two times with a remainder."""
