@@ -78,7 +78,7 @@ def boundary_distance(input: Tensor, target: Tensor, weight: Tensor, bias: Tenso
 
 
 def _wide(input, input_noise, target, weight, bias):
-    state = input.new_zeros(weight.shape, dtype=checks.state_dtype(input))
+    state = input.new_zeros(weight.shape, dtype=checks.wide_dtype(input))
     seen = torch.zeros(len(weight), dtype=torch.bool, device=weight.device)
     checks.discriminative_loss(input, input_noise, target, weight, bias, state, seen)
     checks.labels(target, len(weight), -100)
