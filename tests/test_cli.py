@@ -309,6 +309,29 @@ def test_the_package_works_without_the_extra_and_the_command_line_names_it():
     assert shown.stderr == "robustfast: typer is not installed; install it with: pip install '.[train]'\n"
 
 
+@pytest.mark.parametrize(
+    ("module", "status", "said"),
+    [
+        ("None", 1, "robustfast: PyTorch is not installed; install it with: pip install torch\n"),
+        ("KeyboardInterrupt", 130, ""),
+    ],
+)
+def test_an_import_that_fails_or_is_interrupted_is_no_traceback(module, status, said):
+    code = (
+        "import sys\n"
+        "class Finder:\n"
+        "    def find_spec(name, path, target=None):\n"
+        "        if name == 'torch': raise KeyboardInterrupt\n"
+        f"if {module}: sys.meta_path.insert(0, Finder)\n"
+        "else: sys.modules['torch'] = None\n"
+        "import robustfast_command\n"
+        "robustfast_command.main()"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (shown.returncode, shown.stderr) == (status, said)
+    assert 'robustfast = "robustfast_command:main"' in (ROOT / "pyproject.toml").read_text()
+
+
 def test_a_missing_package_is_named_as_it_is_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ModuleNotFoundError, match=r"^scikit-learn is not installed; .*'\.\[train\]'"):
