@@ -2,7 +2,8 @@
 
 from robustfast import functional, reference
 from robustfast.backends import backends
+from robustfast.classifier import RobustClassifier
 from robustfast.losses import DiscriminativeLoss
 
-__all__ = ["DiscriminativeLoss", "backends", "functional", "reference"]
+__all__ = ["DiscriminativeLoss", "RobustClassifier", "backends", "functional", "reference"]
 __version__ = "0.1.0"

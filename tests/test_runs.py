@@ -70,7 +70,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tiny, tmp_path, method):
     tensors, expected = (files.load(tmp_path / name / files.STATE, "state")[0] for name in ("cut", "whole"))
     assert any(name.startswith("optimizer.") for name in tensors)
     assert tensors.keys() == expected.keys() and all(torch.equal(tensors[key], expected[key]) for key in tensors)
-    assert ("recipe.loss.centroids" in tensors) == (method == "discriminative")
+    assert ("classifier.loss.centroids" in tensors) == (method == "discriminative")
 
 
 def test_a_killed_process_is_resumed_to_the_same_bits(tiny, tmp_path):
@@ -226,7 +226,11 @@ def test_a_file_of_another_kind_shape_or_format_is_refused(finished, tmp_path, m
     state, model = tmp_path / files.STATE, tmp_path / files.MODEL
     tensors, about = files.load(state, "state")
     (tmp_path / files.RESULTS).unlink()
-    for change in ({"model.fc.weight": torch.zeros(3, 3)}, {"model.more": torch.zeros(1)}, {"else": torch.zeros(1)}):
+    for change in (
+        {"classifier.model.fc.weight": torch.zeros(3, 3)},
+        {"classifier.more": torch.zeros(1)},
+        {"else": torch.zeros(1)},
+    ):
         files.save(state, "state", tensors | change, about)
         with pytest.raises(ValueError, match=r"state\.safetensors: its tensors are not those of its settings"):
             resume(tmp_path)

@@ -37,7 +37,15 @@ def model():
 def batch():
     generator = torch.Generator().manual_seed(0)
     clean = torch.randn(6, 1, 8, 8, generator=generator)
-    return recipes.Batch(clean, clean + torch.randn(clean.shape, generator=generator), torch.tensor([0, 2, 2, 3, 0, 2]))
+    return loop.Batch(clean, clean + torch.randn(clean.shape, generator=generator), torch.tensor([0, 2, 2, 3, 0, 2]))
+
+
+def recipe_of(config, model):
+    return recipes.build(config, model, {"mean": [0.0], "pixel_std": [1.0]})
+
+
+def objective(recipe, batch):
+    return recipe((batch.clean, batch.noisy), batch.target)["loss"]
 
 
 def cross_entropy(model, images, target):
@@ -48,19 +56,19 @@ def cross_entropy(model, images, target):
 @pytest.mark.parametrize(("method", "views"), [("normal", [0]), ("noisy", [1]), ("both", [0, 1])])
 def test_cross_entropy_recipes(model, batch, method, views):
     expected = np.mean([cross_entropy(model, batch[view], batch.target) for view in views])
-    assert recipes.build(Config(method), 4)(model, batch).item() == pytest.approx(expected, rel=1e-6)
+    assert objective(recipe_of(Config(method), model), batch).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_stability_recipe(model, batch):
     clean, noisy = (model.features(view).detach().double() for view in batch[:2])
     expected = cross_entropy(model, batch.clean, batch.target) + 0.3 * (clean - noisy).square().sum(1).sqrt().mean()
-    recipe = recipes.build(Config("stability", loss_weight=0.3), 4)
-    assert recipe(model, batch).item() == pytest.approx(float(expected), rel=1e-6)
+    recipe = recipe_of(Config("stability", loss_weight=0.3), model)
+    assert objective(recipe, batch).item() == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_stability_without_noise_has_the_gradient_of_cross_entropy(model, batch):
-    recipe, same = recipes.build(Config("stability"), 4), batch._replace(noisy=batch.clean)
-    grads = torch.autograd.grad(recipe(model, same), list(model.parameters()))
+    recipe, same = recipe_of(Config("stability"), model), batch._replace(noisy=batch.clean)
+    grads = torch.autograd.grad(objective(recipe, same), list(model.parameters()))
     expected = torch.autograd.grad(F.cross_entropy(model(batch.clean), batch.target), list(model.parameters()))
     torch.testing.assert_close(grads, expected)
 
@@ -85,8 +93,8 @@ def test_discriminative_recipe(model, batch):
     config = Config(
         "discriminative", inter_dim=5, loss_weight=0.7, delta_var=0.2, delta_dist=2.0, alpha=1.5, beta=0.5, gamma=0.1
     )
-    recipe = recipes.build(config, 4)
-    assert recipe(model, batch).item() == pytest.approx(float(expected), rel=1e-5)
+    recipe = recipe_of(config, model)
+    assert objective(recipe, batch).item() == pytest.approx(float(expected), rel=1e-5)
     assert recipe.state_dict()["loss.seen"].tolist() == [True, False, True, True]
     assert recipe.loss.momentum == config.centroid_momentum and recipe.loss.norm == config.norm
 

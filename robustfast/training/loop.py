@@ -41,6 +41,14 @@ class Setup(NamedTuple):
     fingerprint: str
 
 
+class Batch(NamedTuple):
+    """The clean and the noisy view (N, C, H, W) of the same samples, normalised, and their labels (N,)."""
+
+    clean: Tensor
+    noisy: Tensor
+    target: Tensor
+
+
 class Run:
     """What training changes, and a checkpoint holds; everything random is a function of (seed, epoch) instead."""
 
@@ -49,8 +57,7 @@ class Run:
         self.device = device = setup.train.pixels.device
         channels = setup.train.pixels.shape[1]
         self.model = models.build(config.model, channels, config.inter_dim, classes, stream(config.seed, "init"))
-        self.model.to(device)
-        self.recipe = recipes.build(config, classes).to(device)
+        self.classifier = recipes.build(config, self.model, setup.normalization).to(device)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), config.lr, config.momentum, nesterov=config.momentum > 0,
             weight_decay=config.weight_decay,
@@ -76,8 +83,7 @@ class Run:
         for name, tensor in tensors.items():
             part, _, key = name.partition(".")
             parts[part][key] = tensor
-        self.model.load_state_dict(parts["model"])
-        self.recipe.load_state_dict(parts["recipe"])
+        self.classifier.load_state_dict(parts["classifier"])
         self.best = {name: tensor.to(self.device) for name, tensor in parts["best"].items()}
         momenta: dict[int, dict[str, Tensor]] = {}
         for name, tensor in parts["optimizer"].items():
@@ -90,8 +96,7 @@ class Run:
         momenta = self.optimizer.state_dict()["state"]
         optimizer = {f"{index}.{key}": tensor for index, state in momenta.items() for key, tensor in state.items()}
         return {
-            "model": self.model.state_dict(),
-            "recipe": self.recipe.state_dict(),
+            "classifier": self.classifier.state_dict(),
             "best": self.best,
             "optimizer": optimizer,
         }
@@ -260,10 +265,10 @@ def train_epoch(setup: Setup, run: Run) -> dict[str, float]:
     config, epoch = setup.config, len(run.history)
     for group in run.optimizer.param_groups:
         group["lr"] = config.learning_rate(epoch)
-    run.model.train()
+    run.classifier.train()
     total = torch.zeros((), device=setup.train_ids.device)
     for batch in batches(setup, epoch):
-        loss = run.recipe(run.model, batch)
+        loss = run.classifier((batch.clean, batch.noisy), batch.target)["loss"]
         run.optimizer.zero_grad()
         loss.backward()
         run.optimizer.step()
@@ -277,7 +282,7 @@ def train_epoch(setup: Setup, run: Run) -> dict[str, float]:
     return record
 
 
-def batches(setup: Setup, epoch: int) -> Iterator[recipes.Batch]:
+def batches(setup: Setup, epoch: int) -> Iterator[Batch]:
     """The training images in the epoch's order; the noise is draw ``epoch`` of each sample."""
     config, device, count = setup.config, setup.train_ids.device, len(setup.train_ids)
     order = torch.randperm(count, generator=generator(config.seed, "order", epoch)).to(device)
@@ -300,7 +305,7 @@ def batches(setup: Setup, epoch: int) -> Iterator[recipes.Batch]:
         clean, noisy = views(index, clean_places)
         if config.noise_view == "independent":
             _, noisy = views(index, noisy_places)
-        yield recipes.Batch(clean, noisy, setup.train.labels[index])
+        yield Batch(clean, noisy, setup.train.labels[index])
 
 
 def validate(setup: Setup, model: nn.Module) -> dict[str, float]:

@@ -1,4 +1,7 @@
-"""Classifiers with a linear penultimate layer: ``features(x)`` is (N, inter_dim), ``fc`` maps it to the logits."""
+"""Classifiers with a linear penultimate layer: ``features(x)`` is (N, inter_dim), ``fc`` maps it to the logits.
+
+They answer to timm's names too: forward_features, forward_head, get_classifier.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +23,23 @@ class Classifier(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Penultimate features (N, inter_dim) of images (N, C, H, W)."""
-        return self.penultimate(self.backbone(images))
+        return self.forward_head(self.forward_features(images), pre_logits=True)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, num_classes)."""
-        return self.fc(self.features(images))
+        return self.forward_head(self.forward_features(images))
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """What the penultimate layer is given, (N, width)."""
+        return self.backbone(images)
+
+    def forward_head(self, inner: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits of what forward_features gave, or the penultimate features."""
+        features = self.penultimate(inner)
+        return features if pre_logits else self.fc(features)
+
+    def get_classifier(self) -> nn.Linear:
+        return self.fc
 
 
 def small(channels: int, inter_dim: int, num_classes: int) -> Classifier:

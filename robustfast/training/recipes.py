@@ -1,71 +1,33 @@
-"""The five methods: each is a module that turns a model and a batch into the number to minimise."""
+"""The five methods, each a RobustClassifier: which views its cross entropy sees, and which loss comes beside it."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from robustfast.classifier import RobustClassifier
 from robustfast.losses import DiscriminativeLoss
 from robustfast.training.config import Config
 from robustfast.training.models import Classifier
 
 
-class Batch(NamedTuple):
-    """The clean and the noisy view (N, C, H, W) of the same samples, normalised, and their labels (N,)."""
-
-    clean: Tensor
-    noisy: Tensor
-    target: Tensor
-
-
-class CrossEntropy(nn.Module):
-    """Mean over some views of the batch of their cross entropy."""
-
-    def __init__(self, *views: str) -> None:
-        super().__init__()
-        self.views = views
-
-    def forward(self, model: Classifier, batch: Batch) -> Tensor:
-        losses = [F.cross_entropy(model(getattr(batch, view)), batch.target) for view in self.views]
-        return torch.stack(losses).mean()
-
-
 class Stability(nn.Module):
-    """Cross entropy of the clean view + weight * mean_i ||f_i - g_i||_2."""
+    """mean_i ||f_i - g_i||_2, in the signature of DiscriminativeLoss."""
 
-    def __init__(self, weight: float) -> None:
-        super().__init__()
-        self.weight = weight
-
-    def forward(self, model: Classifier, batch: Batch) -> Tensor:
-        features, noisy = model.features(batch.clean), model.features(batch.noisy)
-        distance = torch.linalg.vector_norm(features - noisy, dim=1).mean()
-        return F.cross_entropy(model.fc(features), batch.target) + self.weight * distance
+    def forward(self, input: Tensor, input_noise: Tensor, target: Tensor, fc: Any) -> Tensor:
+        return torch.linalg.vector_norm(input - input_noise, dim=1).mean()
 
 
-class Discriminative(nn.Module):
-    """The paper's method: cross entropy of the clean view + weight * discriminative loss of the features of both."""
-
-    def __init__(self, weight: float, loss: DiscriminativeLoss) -> None:
-        super().__init__()
-        self.weight, self.loss = weight, loss
-
-    def forward(self, model: Classifier, batch: Batch) -> Tensor:
-        features, noisy = model.features(batch.clean), model.features(batch.noisy)
-        loss = self.loss(features, noisy, batch.target, model.fc)
-        return F.cross_entropy(model.fc(features), batch.target) + self.weight * loss
-
-
-def build(config: Config, num_classes: int) -> nn.Module:
-    """The recipe of ``config.method``; what it remembers from step to step is in its state_dict."""
+def build(config: Config, model: Classifier, normalization: dict[str, Any]) -> RobustClassifier:
+    """The method of ``config`` over ``model``; what it remembers from step to step is in its state_dict."""
+    loss: nn.Module | None = None
     if config.method == "stability":
-        return Stability(config.loss_weight)
-    if config.method == "discriminative":
+        loss = Stability()
+    elif config.method == "discriminative":
         loss = DiscriminativeLoss(
-            num_classes,
+            model.fc.out_features,
             config.inter_dim,
             config.delta_var,
             config.delta_dist,
@@ -76,5 +38,12 @@ def build(config: Config, num_classes: int) -> nn.Module:
             config.centroid_momentum,
             backend=config.backend,
         )
-        return Discriminative(config.loss_weight, loss)
-    return CrossEntropy(*{"normal": ("clean",), "noisy": ("noisy",), "both": ("clean", "noisy")}[config.method])
+    return RobustClassifier(
+        model,
+        loss,
+        sigma=config.sigma,
+        **normalization,
+        loss_weight=config.loss_weight,
+        cross_entropy=config.method if config.method in ("noisy", "both") else "clean",
+        backend=config.backend,
+    )

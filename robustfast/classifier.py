@@ -1,0 +1,182 @@
+"""A whole training step in one forward: noise, both views, classifier, cross entropy and loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from robustfast import checks
+from robustfast.functional import Terms, noisy_pair
+
+CROSS_ENTROPIES = {"clean": ("clean",), "noisy": ("noisy",), "both": ("clean", "noisy")}
+
+
+class Pass(NamedTuple):
+    """Penultimate features (N, D) of a view, and its logits where the model gave them on its way."""
+
+    features: Tensor
+    logits: Tensor | None
+
+
+class RobustClassifier(nn.Module):
+    """A classifier of images in [0, 1] that trains itself: its forward is one step for any trainer.
+
+    ``forward(images)`` gives logits. ``forward(images, labels)`` gives ``{"loss", "logits", "terms"}`` with
+
+        loss = mean cross entropy of the views named + loss_weight * loss(f, g, labels, classifier)
+
+    where f and g are the penultimate features of the clean and of the noisy view. DistributedDataParallel, FSDP and
+    torch.compile wrap this module and see one forward a step.
+
+    Args:
+        model: maps normalised images to logits (N, K). One with timm's ``forward_features``, ``forward_head`` and
+            ``get_classifier`` is asked by these; of any other, the features are what its ``classifier`` is given.
+        loss: called as DiscriminativeLoss is; None for cross entropy alone.
+        classifier: the layer of ``model``, or its name there ("fc", "classifier.6"), that maps features (N, D) to
+            logits; None where the model has ``get_classifier``.
+        sigma: standard deviation of the noise, for pixels in [0, 1].
+        mean, pixel_std: the channels' normalisation, which happens here: images come as they are.
+        loss_weight: lambda.
+        cross_entropy: of the "clean" view, the "noisy" one, or the mean over "both".
+        seed: of the noise, so that sample_ids and draw fix it; None: another of PyTorch's generator at every step.
+        concatenate: one pass of the model over both views, one after the other, instead of one each: faster on small
+            batches, but BatchNorm then takes its statistics over both.
+        backend: of the noise.
+
+    Raises:
+        ValueError: the classifier cannot be found in the model, or ``cross_entropy`` is none of the three.
+    """
+
+    accepts_loss_kwargs = False  # to Hugging Face's Trainer: the loss is a mean over the batch as it is
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: nn.Module | None,
+        *,
+        classifier: str | nn.Module | None = None,
+        sigma: float,
+        mean: Sequence[float],
+        pixel_std: Sequence[float],
+        loss_weight: float = 1.0,
+        cross_entropy: str = "clean",
+        seed: int | None = None,
+        concatenate: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if cross_entropy not in CROSS_ENTROPIES:
+            raise ValueError(f"cross_entropy: expected one of {', '.join(CROSS_ENTROPIES)}, got {cross_entropy!r}")
+        self.model, self.loss = model, loss
+        self.sigma, self.mean, self.pixel_std = sigma, tuple(mean), tuple(pixel_std)
+        self.loss_weight, self.cross_entropy, self.seed = loss_weight, cross_entropy, seed
+        self.concatenate, self.backend = concatenate, backend
+        self.classifier_name = _find_classifier(model, classifier)
+        self._asks_timm = all(hasattr(model, name) for name in ("forward_features", "forward_head", "get_classifier"))
+        self._features: Tensor | None = None
+        if not self._asks_timm:
+            self.classifier.register_forward_pre_hook(self._keep_features)
+
+    @property
+    def classifier(self) -> nn.Module:
+        """The layer from features to logits."""
+        return self.model.get_submodule(self.classifier_name)
+
+    def forward(
+        self,
+        images: Any,
+        labels: Tensor | None = None,
+        sample_ids: Tensor | None = None,
+        draw: int = 0,
+    ) -> Any:
+        """Logits, or with labels what to minimise.
+
+        Args:
+            images: (N, C, H, W), uint8 or floating in [0, 1]. With labels also a pair (clean, noisy) of views that are
+                normalised already.
+            labels: (N,) class indices.
+            sample_ids: int64 (N,), each image's place in the data set; 0..N-1 where None.
+            draw: the epoch, or another number that makes the noise of a sample anew.
+
+        Returns:
+            Logits (N, K) without labels, else a dict: ``loss`` to call backward on; ``logits`` of the clean view, or of
+            the noisy one where only that is classified; ``terms``, detached: ``cross_entropy``, ``loss`` of the module
+            ``loss`` and, where that returns :class:`~robustfast.functional.Terms`, all of them.
+        """
+        if labels is None:
+            return self.model(self._normalized(images))
+        if isinstance(images, Tensor):
+            images = noisy_pair(
+                images,
+                self.sigma,
+                mean=self.mean,
+                pixel_std=self.pixel_std,
+                seed=self.seed,
+                sample_ids=sample_ids,
+                draw=draw,
+                backend=self.backend,
+            )
+        views = dict(zip(("clean", "noisy"), images, strict=True))
+        classified = CROSS_ENTROPIES[self.cross_entropy]
+        used = [view for view in views if self.loss is not None or view in classified]
+        passes = dict(zip(used, self._passes([views[view] for view in used]), strict=True))
+        logits = [self._logits(passes[view]) for view in classified]
+        total = torch.stack([F.cross_entropy(view, labels) for view in logits]).mean()
+        terms = {"cross_entropy": total.detach()}
+        if self.loss is not None:
+            value = self.loss(passes["clean"].features, passes["noisy"].features, labels, self.classifier)
+            if isinstance(value, Terms):
+                terms |= value._asdict()
+                value = value.loss
+            terms["loss"] = value.detach()
+            total = total + self.loss_weight * value
+        return {"loss": total, "logits": logits[0], "terms": terms}
+
+    def _passes(self, views: list[Tensor]) -> list[Pass]:
+        if not self.concatenate:
+            return [self._pass(view) for view in views]
+        features, logits = self._pass(torch.cat(views))
+        parts = [None] * len(views) if logits is None else logits.tensor_split(len(views))
+        return list(map(Pass, features.tensor_split(len(views)), parts))
+
+    def _pass(self, images: Tensor) -> Pass:
+        if self._asks_timm:
+            model: Any = self.model
+            return Pass(model.forward_head(model.forward_features(images), pre_logits=True), None)
+        logits = self.model(images)
+        features, self._features = self._features, None
+        if features is None:
+            raise ValueError(f"classifier: the model's forward does not call its {self.classifier_name}")
+        return Pass(features, logits)
+
+    def _logits(self, view: Pass) -> Tensor:
+        return self.classifier(view.features) if view.logits is None else view.logits
+
+    def _keep_features(self, layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        self._features = arguments[0]
+
+    def _normalized(self, images: Tensor) -> Tensor:
+        pixels = images if images.is_floating_point() else images / 255
+        mean, pixel_std = (
+            checks.channels(name, getattr(self, name), images).view(-1, 1, 1) for name in ("mean", "pixel_std")
+        )
+        return (pixels - mean) / pixel_std
+
+
+def _find_classifier(model: nn.Module, classifier: str | nn.Module | None) -> str:
+    """The name of the classifier in the model."""
+    if classifier is None and not hasattr(model, "get_classifier"):
+        linear = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+        raise ValueError(f"classifier: name the layer that gives the logits, perhaps one of {', '.join(linear)}")
+    layer: Any = model.get_classifier() if classifier is None else classifier  # type: ignore[operator]
+    layers = dict(model.named_modules())
+    name = next((name for name, part in layers.items() if name == layer or part is layer), None)
+    if name is None:
+        raise ValueError(f"classifier: not in the model: {layer!r}")
+    if not hasattr(layers[name], "weight"):
+        raise ValueError(f"classifier: {name} has no weight, whose rows are the classes: {layers[name]!r}")
+    return name

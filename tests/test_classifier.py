@@ -1,0 +1,147 @@
+"""RobustClassifier: a step in one forward, over models of several makes."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from robustfast import DiscriminativeLoss, RobustClassifier
+from robustfast.functional import noisy_pair
+from robustfast.training import models
+
+NOISE = {"sigma": 0.2, "mean": [0.4, 0.5, 0.6], "pixel_std": [0.2, 0.3, 0.25]}
+LABELS = torch.tensor([0, 1, 1, 2, 0])
+IDS = torch.tensor([7, 3, 100, 0, 5])
+
+
+class Named(nn.Module):
+    """A model in torchvision's manner: the classifier is a layer somewhere inside."""
+
+    def __init__(self, timm_style):
+        super().__init__()
+        self.body = timm_style.backbone
+        self.classifier = nn.Sequential(timm_style.penultimate, nn.Sequential(timm_style.fc))
+
+    def forward(self, images):
+        return self.classifier(self.body(images))
+
+
+@pytest.fixture
+def images():
+    return torch.randint(256, (5, 3, 8, 8), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+
+
+def build(kind="timm", loss=True, **settings):
+    model = models.build("small", channels=3, inter_dim=6, num_classes=4, seed=2)
+    loss = DiscriminativeLoss(4, 6, delta_var=0.1) if loss is True else loss
+    if kind == "timm":
+        return RobustClassifier(model, loss, **NOISE, **settings)
+    named = Named(model)
+    classifier = "classifier.1.0" if kind == "name" else named.classifier[1][0]
+    return RobustClassifier(named, loss, classifier=classifier, **NOISE, **settings)
+
+
+def by_hand(images, cross_entropy="clean", weight=1.0):
+    model = models.build("small", channels=3, inter_dim=6, num_classes=4, seed=2)
+    loss_fn = DiscriminativeLoss(4, 6, delta_var=0.1)
+    views = noisy_pair(images, 0.2, mean=NOISE["mean"], pixel_std=NOISE["pixel_std"], seed=9, sample_ids=IDS, draw=4)
+    f, g = (model.features(view) for view in views)
+    entropies = {"clean": F.cross_entropy(model.fc(f), LABELS), "noisy": F.cross_entropy(model.fc(g), LABELS)}
+    entropies["both"] = (entropies["clean"] + entropies["noisy"]) / 2
+    robustness = loss_fn(f, g, LABELS, model.fc)
+    total = entropies[cross_entropy] + weight * robustness
+    return total, list(torch.autograd.grad(total, list(model.parameters()))), loss_fn, robustness
+
+
+@pytest.mark.parametrize("kind", ["timm", "name", "layer"])
+@pytest.mark.parametrize("cross_entropy", ["clean", "noisy", "both"])
+@pytest.mark.parametrize("concatenate", [False, True])
+def test_a_step_is_the_same_by_hand(images, kind, cross_entropy, concatenate):
+    module = build(kind, cross_entropy=cross_entropy, loss_weight=0.7, seed=9, concatenate=concatenate)
+    out = module(images, LABELS, sample_ids=IDS, draw=4)
+    out["loss"].backward()
+    total, grads, loss_fn, robustness = by_hand(images, cross_entropy, 0.7)
+    torch.testing.assert_close(out["loss"], total)
+    torch.testing.assert_close([parameter.grad for parameter in module.parameters()], grads, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(module.loss.state_dict(), loss_fn.state_dict())
+    torch.testing.assert_close(out["terms"]["loss"], robustness.detach())
+    assert not any(term.requires_grad for term in out["terms"].values())
+    assert out["logits"].shape == (5, 4)
+    if cross_entropy != "noisy":
+        torch.testing.assert_close(out["logits"], module(images))
+
+
+def test_terms_of_the_loss_are_passed_on(images):
+    out = build(loss=DiscriminativeLoss(4, 6, return_terms=True))(images, LABELS)
+    assert out["terms"].keys() >= {"cross_entropy", "loss", "variance", "margin", "regularization", "alignment"}
+    assert out["loss"].requires_grad and not out["terms"]["loss"].requires_grad
+
+
+@pytest.mark.parametrize(("cross_entropy", "passes"), [("clean", 1), ("noisy", 1), ("both", 2)])
+def test_a_view_that_nothing_needs_is_not_run(images, cross_entropy, passes):
+    module = build(loss=None, cross_entropy=cross_entropy, seed=9)
+    calls = []
+    module.model.backbone.register_forward_hook(lambda *arguments: calls.append(1))
+    out = module(images, LABELS)
+    assert len(calls) == passes and out["terms"].keys() == {"cross_entropy"}
+
+
+def test_logits_are_those_of_normalised_images(images):
+    module = build()
+    mean, pixel_std = (torch.tensor(NOISE[name]).view(3, 1, 1) for name in ("mean", "pixel_std"))
+    expected = module.model((images / 255 - mean) / pixel_std)
+    torch.testing.assert_close(module(images), expected)
+    torch.testing.assert_close(module(images / 255), expected)
+
+
+def test_noise_without_a_seed_is_the_generators(images):
+    module = build(loss=None, cross_entropy="noisy")
+    losses = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        losses.append(module(images, LABELS)["loss"].item())
+    assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.parametrize("kind", ["timm", "name"])
+def test_state_and_copies(images, kind):
+    module = build(kind, seed=9)
+    module(images, LABELS)
+    names = module.state_dict().keys()
+    assert {"loss.centroids", "loss.seen"} < names and all(name.startswith(("model.", "loss.")) for name in names)
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        with torch.no_grad():
+            other.classifier.weight.zero_()
+            other.classifier.bias.zero_()
+        assert other(images, LABELS)["logits"].eq(0).all() and not module(images).eq(0).all()
+
+
+@pytest.mark.parametrize("kind", ["timm", "name"])
+def test_one_graph(images, kind):
+    module = build(kind, seed=9)
+    compiled = torch.compile(build(kind, seed=9), fullgraph=True, backend="aot_eager")
+    for draw in (0, 1):
+        torch.testing.assert_close(
+            compiled(images, LABELS, IDS, draw)["loss"], module(images, LABELS, IDS, draw)["loss"]
+        )
+    torch.testing.assert_close(compiled._orig_mod.state_dict(), module.state_dict())
+
+
+def test_mistakes_are_named():
+    model = Named(models.build("small", channels=3, inter_dim=6, num_classes=4, seed=2))
+    with pytest.raises(ValueError, match=r"^classifier: name the layer .* one of classifier\.0, classifier\.1\.0$"):
+        RobustClassifier(model, None, **NOISE)
+    with pytest.raises(ValueError, match=r"^classifier: not in the model: 'fc'"):
+        RobustClassifier(model, None, classifier="fc", **NOISE)
+    with pytest.raises(ValueError, match=r"^classifier: not in the model: Linear"):
+        RobustClassifier(model, None, classifier=nn.Linear(6, 4), **NOISE)
+    with pytest.raises(ValueError, match=r"^classifier: classifier\.1 has no weight"):
+        RobustClassifier(model, None, classifier="classifier.1", **NOISE)
+    with pytest.raises(ValueError, match=r"^cross_entropy: expected one of clean, noisy, both, got 'none'"):
+        RobustClassifier(model, None, classifier="classifier.1.0", cross_entropy="none", **NOISE)
+    model.forward = lambda images: images.flatten(1)[:, :4]
+    with pytest.raises(ValueError, match=r"^classifier: the model's forward does not call its classifier\.1\.0"):
+        RobustClassifier(model, None, classifier="classifier.1.0", **NOISE)(torch.rand(5, 3, 8, 8), LABELS)
