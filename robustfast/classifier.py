@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustfast import checks
 from robustfast.functional import Terms, noisy_pair
 
 CROSS_ENTROPIES = {"clean": ("clean",), "noisy": ("noisy",), "both": ("clean", "noisy")}
@@ -51,6 +50,8 @@ class RobustClassifier(nn.Module):
         ValueError: the classifier cannot be found in the model, or ``cross_entropy`` is none of the three.
     """
 
+    _mean: Tensor
+    _pixel_std: Tensor
     accepts_loss_kwargs = False  # to Hugging Face's Trainer: the loss is a mean over the batch as it is
 
     def __init__(
@@ -73,6 +74,8 @@ class RobustClassifier(nn.Module):
             raise ValueError(f"cross_entropy: expected one of {', '.join(CROSS_ENTROPIES)}, got {cross_entropy!r}")
         self.model, self.loss = model, loss
         self.sigma, self.mean, self.pixel_std = sigma, tuple(mean), tuple(pixel_std)
+        for name in ("mean", "pixel_std"):
+            self.register_buffer(f"_{name}", torch.tensor(getattr(self, name)).view(-1, 1, 1), persistent=False)
         self.loss_weight, self.cross_entropy, self.seed = loss_weight, cross_entropy, seed
         self.concatenate, self.backend = concatenate, backend
         self.classifier_name = _find_classifier(model, classifier)
@@ -161,10 +164,7 @@ class RobustClassifier(nn.Module):
 
     def _normalized(self, images: Tensor) -> Tensor:
         pixels = images if images.is_floating_point() else images / 255
-        mean, pixel_std = (
-            checks.channels(name, getattr(self, name), images).view(-1, 1, 1) for name in ("mean", "pixel_std")
-        )
-        return (pixels - mean) / pixel_std
+        return (pixels - self._mean) / self._pixel_std
 
 
 def _find_classifier(model: nn.Module, classifier: str | nn.Module | None) -> str:

@@ -270,6 +270,11 @@ def test_version():
     assert shown.exit_code == 0 and shown.output == f"robustfast {robustfast.__version__}\n"
 
 
+def test_evaluation_needs_no_training():
+    code = "import sys, robustfast.evaluation; print('robustfast.training' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "False\n"
+
+
 def test_help_needs_nothing_heavy():
     code = (
         "import sys, robustfast.cli\n"

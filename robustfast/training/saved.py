@@ -7,43 +7,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from robustfast.evaluation import noise_curve
+from robustfast.evaluation import Normalized, noise_curve
 from robustfast.training import data, files, models
 from robustfast.training.config import from_json
 from robustfast.training.loop import pick_backends, pick_device
 
 
-class SavedClassifier(nn.Module):
+class SavedClassifier(Normalized):
     """A trained classifier with the normalisation of its training: images (N, C, H, W) to logits (N, K).
 
+    Images are floating in [0, 1], or uint8 in 0..255. ``features(images)`` gives the penultimate features, ``fc`` is
+    the classifier on them.
+
     Attributes:
-        model: the classifier of normalised images; ``model.features`` gives the penultimate features.
+        model: the classifier of normalised images.
         config: the settings of its training.
         classes: the names of the K classes.
         image: (C, H, W) of the images it was trained on.
         normalization: ``mean`` and ``pixel_std`` of each channel.
     """
 
-    mean: Tensor
-    pixel_std: Tensor
-
     def __init__(self, weights: dict[str, Tensor], about: dict[str, Any]) -> None:
-        super().__init__()
-        self.config = from_json(about["config"])
-        self.classes = tuple(about["classes"])
-        self.image = tuple(about["image"])
-        self.normalization = about["normalization"]
-        self.model = models.build(self.config.model, self.image[0], self.config.inter_dim, len(self.classes), seed=0)
-        self.model.load_state_dict(weights)
-        for name, values in self.normalization.items():
-            self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
+        config, image, classes = from_json(about["config"]), tuple(about["image"]), tuple(about["classes"])
+        model = models.build(config.model, image[0], config.inter_dim, len(classes), seed=0)
+        model.load_state_dict(weights)
+        super().__init__(model, **about["normalization"])
+        self.config, self.image, self.classes, self.normalization = config, image, classes, about["normalization"]
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits of images in [0, 1], or uint8 in 0..255."""
-        pixels = images if images.is_floating_point() else images / 255
-        return self.model((pixels - self.mean) / self.pixel_std)
+    def normalize(self, images: Tensor) -> Tensor:
+        return super().normalize(images if images.is_floating_point() else images / 255)
 
 
 def load_classifier(path: str | Path, device: str | torch.device = "cpu") -> SavedClassifier:
