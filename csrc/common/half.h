@@ -34,11 +34,13 @@ RF_INLINE float to_float(float16 x) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(x.bits));
   return value;
 #else
-  const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
-  // Moves the exponent's bias from 15 to 127, which also makes subnormals normal; inf and nan need the top exponent.
-  const float scaled = bit_cast<float>(magnitude) * 0x1p112f;
-  const uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
-  return bit_cast<float>(bit_cast<uint32_t>(scaled) | special | uint32_t(x.bits & 0x8000) << 16);
+  const uint32_t magnitude = x.bits & 0x7fff;
+  // Moves the exponent's bias from 15 to 127, and that of inf and nan to the top.
+  const uint32_t normal = (magnitude << 13) + (magnitude < 0x7c00 ? 0x38000000u : 0x70000000u);
+  // Subnormals count units of 2^-24, the last place of a float at 0.5. No float here is subnormal: none is flushed.
+  const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(0x3f000000 + magnitude) - 0.5f);
+  const uint32_t bits = magnitude < 0x0400 ? subnormal : normal;
+  return bit_cast<float>(bits | uint32_t(x.bits & 0x8000) << 16);
 #endif
 }
 

@@ -2,6 +2,8 @@
 // F is float or double. Comparisons are written so that nan passes through.
 #pragma once
 
+#include <cmath>
+
 #include "common/platform.h"
 
 namespace robustfast {
@@ -26,21 +28,21 @@ RF_INLINE F norm_term(F residual) {
   return norm == 1 ? (residual < F(0) ? -residual : residual) : residual * residual;
 }
 
-// d ||r||_p / dr, up to the factor 1/||r||_2 for p = 2, which slope() holds.
+// d ||r||_p / dr, up to the factor 1/||r||_2 for p = 2, which inverse_length() holds.
 template <int norm, class F>
 RF_INLINE F direction(F residual) {
   return norm == 1 ? sign(residual) : residual;
 }
 
 template <int norm, class F>
-RF_INLINE F slope(F length) {
+RF_INLINE F inverse_length(F length) {
   return norm == 1 ? F(1) : (length == F(0) ? F(0) : F(1) / length);
 }
 
-// The factor of direction(r) in the gradient of weight * max(||r|| - delta_var, 0)^2.
+// The factor of direction(r) in the gradient of share * max(||r|| - delta_var, 0)^2.
 template <int norm, class F>
-RF_INLINE F pull(F length, F delta_var, F weight) {
-  return F(2) * weight * hinge(length - delta_var) * slope<norm>(length);
+RF_INLINE F pull(F length, F delta_var, F share) {
+  return F(2) * share * hinge(length - delta_var) * inverse_length<norm>(length);
 }
 
 // m_c from mu_c.
@@ -49,10 +51,29 @@ RF_INLINE F momentum_centroid(F mu, F previous, bool seen, F momentum) {
   return seen ? (F(1) - momentum) * mu + momentum * previous : mu;
 }
 
-// d m_c / d mu_c.
+// tau: d m_c / d mu_c.
 template <class F>
-RF_INLINE F momentum_gain(bool seen, F momentum) {
+RF_INLINE F momentum_tau(bool seen, F momentum) {
   return seen ? F(1) - momentum : F(1);
 }
+
+// Where the search for a class's margin stands. nan beats all numbers, so that it reaches the loss; ties go to the
+// lower index.
+template <class F>
+struct Best {
+  F score;
+  int32_t winner;  // -1: none
+
+  static RF_INLINE Best none() { return {F(-INFINITY), -1}; }
+
+  RF_INLINE void consider(F other, int32_t index) {
+    const bool is_nan = score != score, other_is_nan = other != other;
+    const bool tie = other == score || (is_nan && other_is_nan);
+    if (tie ? uint32_t(index) < uint32_t(winner) : other_is_nan || (!is_nan && other > score)) {
+      score = other;
+      winner = index;
+    }
+  }
+};
 
 }  // namespace robustfast

@@ -17,28 +17,40 @@
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 
+#define RF_PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define RF_BEGIN_TARGET(features) \
+  RF_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define RF_END_TARGET RF_PRAGMA(clang attribute pop)
+#else
+#define RF_BEGIN_TARGET(features) RF_PRAGMA(GCC push_options) RF_PRAGMA(GCC target(features))
+#define RF_END_TARGET RF_PRAGMA(GCC pop_options)
+#endif
+
 #if defined(__x86_64__)
 
 #define RF_ISA avx512
 #define RF_VECTOR_BYTES 64
-#define RF_TARGET_LAMBDA __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#define RF_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"
+#define RF_TARGET_LAMBDA __attribute__((target(RF_TARGET)))
+RF_BEGIN_TARGET(RF_TARGET)
 #include RF_KERNEL
-#pragma GCC pop_options
+RF_END_TARGET
 #undef RF_ISA
 #undef RF_VECTOR_BYTES
+#undef RF_TARGET
 #undef RF_TARGET_LAMBDA
 
 #define RF_ISA avx2
 #define RF_VECTOR_BYTES 32
-#define RF_TARGET_LAMBDA __attribute__((target("avx2,fma")))
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#define RF_TARGET "avx2,fma"
+#define RF_TARGET_LAMBDA __attribute__((target(RF_TARGET)))
+RF_BEGIN_TARGET(RF_TARGET)
 #include RF_KERNEL
-#pragma GCC pop_options
+RF_END_TARGET
 #undef RF_ISA
 #undef RF_VECTOR_BYTES
+#undef RF_TARGET
 #undef RF_TARGET_LAMBDA
 
 #endif

@@ -2,47 +2,47 @@
 
 #include <cstdlib>
 #include <cstring>
-#include <initializer_list>
+#include <string>
 
 namespace robustfast {
 namespace {
 
-Isa best_isa() {
+std::vector<Isa> find_isas() {
+  std::vector<Isa> isas = {Isa::baseline};
 #if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) isas.push_back(Isa::avx2);
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
-    return Isa::avx512;
+    isas.push_back(Isa::avx512);
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
 #endif
-  return Isa::baseline;
+  return isas;
 }
 
-Isa chosen_isa() {
-  const Isa best = best_isa();
+Isa choose_isa() {
   const char* wanted = std::getenv("ROBUSTFAST_CPU_ISA");
-  for (const Isa isa : {Isa::baseline, Isa::avx2}) {
-    if (wanted != nullptr && std::strcmp(wanted, name(isa)) == 0 && isa < best) return isa;
+  if (wanted == nullptr || *wanted == 0) return available_isas().back();
+  std::string names;
+  for (const Isa isa : available_isas()) {
+    if (std::strcmp(name(isa), wanted) == 0) return isa;
+    names += std::string(names.empty() ? "" : ", ") + name(isa);
   }
-  return best;
+  throw std::invalid_argument("ROBUSTFAST_CPU_ISA: expected one of what this processor has (" + names + "), got '" +
+                              wanted + "'");
 }
 
 }  // namespace
 
+const std::vector<Isa>& available_isas() {
+  static const std::vector<Isa> isas = find_isas();
+  return isas;
+}
+
 Isa active_isa() {
-  static const Isa isa = chosen_isa();
+  static const Isa isa = choose_isa();
   return isa;
 }
 
-const char* name(Isa isa) {
-  switch (isa) {
-    case Isa::avx512:
-      return "avx512";
-    case Isa::avx2:
-      return "avx2";
-    default:
-      return "baseline";
-  }
-}
+const char* name(Isa isa) { return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "baseline"; }
 
 }  // namespace robustfast

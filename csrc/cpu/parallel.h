@@ -1,4 +1,4 @@
-// Threads for the kernels, lent by whoever links them: csrc/ops/cpu.cpp defines run_parallel with PyTorch's pool.
+// Threads for the kernels, lent by whoever links them: csrc/ops/loss_cpu.cpp defines run_parallel with PyTorch's pool.
 #pragma once
 
 #include <cstdint>

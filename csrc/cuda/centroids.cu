@@ -57,7 +57,7 @@ RF_DEVICE void finish_centroid(const Loss<Wide>& a, const Workspace<Wide>& w, co
   }
   if (threadIdx.x != 0) return;
   w.norm[item.row] = length_of<norm>(sums[0]);
-  w.gain[item.row] = momentum_gain(seen, a.momentum);
+  w.gain[item.row] = momentum_tau(seen, a.momentum);
   w.own_logit[item.row] = sums[1] + (a.bias.data ? element<Wide>(a.bias, c, 0) : Wide(0));
   if (a.update_state && sums[2] == Wide(0)) a.seen[c] = true;
 }

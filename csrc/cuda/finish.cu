@@ -26,8 +26,8 @@ RF_DEVICE int32_t merge_best(const Workspace<Wide>& w, int64_t num_classes, int6
   for (int64_t s = lane_id(); s < split.splits; s += 32) {
     best.consider(w.best_score[split.place(s, row)], w.best_index[split.place(s, row)]);
   }
-  for (int mask = 16; mask > 0; mask /= 2) best.consider_lane(mask);
-  return best.score == Wide(-INFINITY) ? -1 : best.index;
+  for (int mask = 16; mask > 0; mask /= 2) consider_lane(best, mask);
+  return best.score == Wide(-INFINITY) ? -1 : best.winner;
 }
 
 // The margin of a row of class c with batch centroid `mu`: its winner, and the boundary computed directly from the two
@@ -67,7 +67,7 @@ RF_DEVICE void finish_row(const Loss<Wide>& a, const Workspace<Wide>& w, int64_t
   const Boundary<Wide> boundary = settle_margin(a, w, row, c, mu, winner);
   if (!boundary.active()) winner = -1;
   const Wide count = Wide(w.rows.begin[row + 1] - w.rows.begin[row]), gain = w.gain[row];
-  const Wide pull_to_zero = a.gamma / Wide(w.rows.totals->rows) * slope<norm>(w.norm[row]);
+  const Wide pull_to_zero = a.gamma / Wide(w.rows.totals->rows) * inverse_length<norm>(w.norm[row]);
 #pragma unroll 1
   for (int64_t d = threadIdx.x; d < a.dim; d += finish_threads) {
     Wide to_centroid = gain * (sum[d] + pull_to_zero * direction<norm>(center[d])), to_weight = 0;

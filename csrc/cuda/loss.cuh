@@ -135,29 +135,11 @@ RF_DEVICE F length_of(F terms) {
   return norm == 1 ? terms : square_root(terms);
 }
 
-// Where a class stands in the search for its margin: the best class so far. nan beats all numbers, so that it reaches
-// the loss; ties go to the lower index.
 template <class Wide>
-struct Best {
-  Wide score;
-  int32_t index;  // -1: none
-
-  static RF_DEVICE Best none() { return {Wide(-INFINITY), -1}; }
-
-  RF_DEVICE void consider(Wide other, int32_t other_index) {
-    const bool is_nan = score != score, other_is_nan = other != other;
-    const bool tie = other == score || (is_nan && other_is_nan);
-    if (tie ? uint32_t(other_index) < uint32_t(index) : other_is_nan || (!is_nan && other > score)) {
-      score = other;
-      index = other_index;
-    }
-  }
-
-  RF_DEVICE void consider_lane(int mask) {
-    const Wide other = __shfl_xor_sync(all_lanes, score, mask);
-    consider(other, __shfl_xor_sync(all_lanes, index, mask));
-  }
-};
+RF_DEVICE void consider_lane(Best<Wide>& best, int mask) {
+  const Wide other = __shfl_xor_sync(all_lanes, best.score, mask);
+  best.consider(other, __shfl_xor_sync(all_lanes, best.winner, mask));
+}
 
 // The boundary between a class and the winner of its margin, and what it gives to loss and gradients.
 template <class Wide>

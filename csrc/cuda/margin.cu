@@ -287,15 +287,15 @@ RF_DEVICE void write_best(const Workspace<Wide>& w, int64_t place, Best<Wide> (&
   __syncthreads();  // of an earlier call's reads
   RF_UNROLL
   for (int r = 0; r < Layout::rows; ++r) {
-    for (int mask = 1; mask < lanes; mask *= 2) best[r].consider_lane(mask);
+    for (int mask = 1; mask < lanes; mask *= 2) consider_lane(best[r], mask);
     if (lane_id() % lanes == 0) of_warp[warp_id() % sharing][Layout::row(int(threadIdx.x), r)] = best[r];
   }
   __syncthreads();
   if (threadIdx.x >= MarginTile<Wide>::rows) return;
   Best<Wide> mine = of_warp[0][threadIdx.x];
-  for (int s = 1; s < sharing; ++s) mine.consider(of_warp[s][threadIdx.x].score, of_warp[s][threadIdx.x].index);
+  for (int s = 1; s < sharing; ++s) mine.consider(of_warp[s][threadIdx.x].score, of_warp[s][threadIdx.x].winner);
   w.best_score[place + threadIdx.x] = mine.score;
-  w.best_index[place + threadIdx.x] = mine.index;
+  w.best_index[place + threadIdx.x] = mine.winner;
 }
 
 // float64: tiles of 32 by 64 pairs, 16 columns a step, plain multiplications.

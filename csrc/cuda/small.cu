@@ -66,7 +66,7 @@ RF_DEVICE int32_t group(const Loss<Wide>& a, const Small<Wide>& s) {
     }
     if (before == 0) {
       s.count[slot] = count;
-      s.gain[slot] = momentum_gain(a.seen[mine], a.momentum);
+      s.gain[slot] = momentum_tau(a.seen[mine], a.momentum);
       a.classes[slot] = mine;
     }
   }
@@ -172,9 +172,9 @@ template <class Wide>
 RF_DEVICE void finish_row(const Loss<Wide>& a, const Small<Wide>& s, int32_t rows, int32_t row) {
   Best<Wide> best = Best<Wide>::none();
   for (int32_t i = lane_id(); i < a.num_classes; i += 32) best.consider(s.score[row * a.num_classes + i], i);
-  for (int mask = 16; mask > 0; mask /= 2) best.consider_lane(mask);
+  for (int mask = 16; mask > 0; mask /= 2) consider_lane(best, mask);
   const bool exists = best.score != Wide(-INFINITY);
-  const int32_t winner = exists ? best.index : 0;
+  const int32_t winner = exists ? best.winner : 0;
   const Pair<Wide> pair = compare(a, s, row, winner);
   const Boundary<Wide> boundary(pair.logit, pair.square, exists, a.delta_dist, a.beta / Wide(rows));
   Wide square[2] = {0, 0};
@@ -199,7 +199,7 @@ RF_DEVICE void row_gradients(const Loss<Wide>& a, const Small<Wide>& s, int32_t 
     const int32_t row = e / dim, d = e % dim, c = a.classes[row], winner = s.winner[row];
     const int32_t* samples = s.order + s.begin[row];
     const Wide center = s.center[e];
-    Wide sum = a.gamma / Wide(rows) * slope<norm>(s.norm[row]) * direction<norm>(center);
+    Wide sum = a.gamma / Wide(rows) * inverse_length<norm>(s.norm[row]) * direction<norm>(center);
     for (int32_t j = 0; j < s.count[row]; ++j) {
       const int32_t i = samples[j];
       sum -= s.pull[i] * direction<norm>(Wide(to_float(row_of<T>(a.input, i)[d])) - center);

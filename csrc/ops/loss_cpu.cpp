@@ -64,8 +64,8 @@ LossResults::Tuple discriminative_loss(const Tensor& input, const std::optional<
         .centroids = data<Wide>(centroids),
         .seen = data<bool>(seen),
         .pull = data<Wide>(results.pull),
-        .center = tables,
-        .center_grad = tables + rows * dim,
+        .centroid = tables,
+        .mu_grad = tables + rows * dim,
         .boundary_grad = tables + 2 * rows * dim,
         .boundary_bias = boundary_bias,
         .classes = classes,
@@ -94,7 +94,7 @@ LossGradients::Tuple discriminative_loss_backward(const Tensor& grad_loss, const
   const Groups groups = group_by_slot(data<int32_t>(slot), sizes.n, sizes.rows);
   const auto run_with = [&]<class Wide>(Wide) {
     const Wide* const table = data<Wide>(tables);
-    const LossGrads<Wide> grads = {
+    const LossBackward<Wide> loss = {
         .grad_loss = *data<Wide>(grad_loss),
         .norm = norm,
         .n = sizes.n,
@@ -105,18 +105,18 @@ LossGradients::Tuple discriminative_loss_backward(const Tensor& grad_loss, const
         .input = matrix(f),
         .input_noise = matrix(g),
         .pull = data<Wide>(pull),
-        .center = table,
-        .center_grad = table + sizes.rows * sizes.dim,
+        .centroid = table,
+        .mu_grad = table + sizes.rows * sizes.dim,
         .boundary_grad = table + 2 * sizes.rows * sizes.dim,
         .boundary_bias = data<Wide>(boundary_bias),
         .slot = data<int32_t>(slot),
         .classes = data<int32_t>(classes),
         .winner = data<int32_t>(classes) + sizes.rows,
     };
-    if (wanted[0]) variance_backward(grads, false, data<void>(gradients.input));
-    if (wanted[1]) variance_backward(grads, true, data<void>(gradients.input_noise));
+    if (wanted[0]) variance_backward(loss, 0, data<void>(gradients.input));
+    if (wanted[1]) variance_backward(loss, 1, data<void>(gradients.input_noise));
     if (wanted[2] || wanted[3]) {
-      margin_backward(grads, gradients.at(2, gradients.weight), gradients.at(3, gradients.bias));
+      margin_backward(loss, gradients.at(2, gradients.weight), gradients.at(3, gradients.bias));
     }
   };
   wide_type(input) == ScalarType::Double ? run_with(double()) : run_with(float());

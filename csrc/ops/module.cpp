@@ -26,9 +26,16 @@ PyObject* words_of(const char* text) {
 }
 
 PyObject* build_info(PyObject*, PyObject*) {
+  const char* isa;
+  try {
+    isa = robustfast::name(robustfast::active_isa());
+  } catch (const std::invalid_argument& error) {
+    PyErr_SetString(PyExc_ValueError, error.what());
+    return nullptr;
+  }
   return Py_BuildValue("{s:s,s:s,s:N,s:N,s:s}", "compiler", "gcc-compatible " __VERSION__, "torch", RF_TORCH_VERSION,
                        "cuda_architectures", words_of(RF_CUDA_ARCHITECTURES), "instruction_sets",
-                       words_of(RF_INSTRUCTION_SETS), "instruction_set", robustfast::name(robustfast::active_isa()));
+                       words_of(RF_INSTRUCTION_SETS), "instruction_set", isa);
 }
 
 PyObject* philox4x32(PyObject*, PyObject* arguments) {

@@ -8,37 +8,42 @@
 namespace robustfast {
 namespace {
 
-int64_t label(const Matrix& target, int64_t i) {
-  return visit_label(target.dtype, [&](auto zero) { return int64_t(*target.row<decltype(zero)>(i)); });
+template <class Label>
+int32_t fill_slots(const Matrix& target, int64_t n, int64_t num_classes, int64_t ignore_index, int32_t* slot,
+                   int32_t* classes) {
+  std::vector<int32_t> row_of(num_classes, -1);
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t label = *target.row<Label>(i);
+    if (label == ignore_index) continue;
+    if (label < 0 || label >= num_classes) {
+      throw std::out_of_range("target: label " + std::to_string(label) + " at position " + std::to_string(i) +
+                              " is outside 0.." + std::to_string(num_classes - 1) + " and is not ignore_index (" +
+                              std::to_string(ignore_index) + ")");
+    }
+    row_of[label] = 0;
+  }
+  int32_t present = 0;
+  for (int64_t c = 0; c < num_classes; ++c) {
+    if (row_of[c] < 0) continue;
+    classes[present] = int32_t(c);
+    row_of[c] = present++;
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t label = *target.row<Label>(i);
+    slot[i] = label == ignore_index ? -1 : row_of[label];
+  }
+  return present;
 }
 
 }  // namespace
 
-Groups group(Matrix target, int64_t n, int64_t num_classes, int64_t ignore_index, int64_t capacity, int32_t* slot,
+Groups group(Matrix target, int64_t n, int64_t num_classes, int64_t ignore_index, int64_t rows, int32_t* slot,
              int32_t* classes) {
-  std::vector<int32_t> row_of(num_classes, -1);
-  for (int64_t i = 0; i < n; ++i) {
-    const int64_t y = label(target, i);
-    if (y == ignore_index) continue;
-    if (y < 0 || y >= num_classes) {
-      throw std::out_of_range("target: label " + std::to_string(y) + " at position " + std::to_string(i) +
-                              " is outside 0.." + std::to_string(num_classes - 1) + " and is not ignore_index (" +
-                              std::to_string(ignore_index) + ")");
-    }
-    row_of[y] = 0;
-  }
-  int32_t rows = 0;
-  for (int64_t c = 0; c < num_classes; ++c) {
-    if (row_of[c] < 0) continue;
-    classes[rows] = int32_t(c);
-    row_of[c] = rows++;
-  }
-  std::fill(classes + rows, classes + capacity, -1);
-  for (int64_t i = 0; i < n; ++i) {
-    const int64_t y = label(target, i);
-    slot[i] = y == ignore_index ? -1 : row_of[y];
-  }
-  return group_by_slot(slot, n, rows);
+  const int32_t present = visit_label(target.dtype, [&](auto zero) {
+    return fill_slots<decltype(zero)>(target, n, num_classes, ignore_index, slot, classes);
+  });
+  std::fill(classes + present, classes + rows, -1);
+  return group_by_slot(slot, n, present);
 }
 
 Groups group_by_slot(const int32_t* slot, int64_t n, int64_t rows) {

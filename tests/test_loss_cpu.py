@@ -1,0 +1,141 @@
+"""The CPU's loss where only its kernels can go wrong: threads, the range of floats, instruction sets."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from loss_cases import assert_close, random_case, run
+
+from robustfast import backends, functional
+
+pytestmark = pytest.mark.skipif(backends()["cpu"] is not None, reason=str(backends()["cpu"]))
+
+
+def of_threads(tensors, **keywords):
+    """Results with 1, 2, 3 and 7 threads, which have to be the same."""
+    before, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            results.append(run(tensors, "cpu", **keywords))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for name, value in results[0].items():
+            torch.testing.assert_close(other[name], value, rtol=0, atol=0, equal_nan=True)
+    return results[0]
+
+
+@pytest.mark.parametrize("n", [0, 5, 1500])
+@pytest.mark.parametrize("classes", [3, 1500])
+def test_no_features(n, classes):
+    tensors = random_case(n, 0, classes)
+    assert_close(run(tensors, "cpu"), run(tensors, "reference"), 1e-6)
+
+
+def margin_bias_gradient(f, target, weight):
+    """d loss / d bias by the definition, for bias 0 and one sample a class, where float32 computes scores exactly."""
+    grad = torch.zeros(weight.shape[0])
+    for mu, c in zip(f, target.tolist(), strict=True):
+        normal = weight - weight[c]
+        distance = normal.square().sum(1).sqrt()
+        scores = torch.where(distance > 0, normal @ mu / distance, -torch.inf)
+        winner = int((scores == scores.max()).nonzero()[0])
+        grad[winner] += 1 / distance[winner]
+        grad[c] -= 1 / distance[winner]
+    return grad / f.shape[0]
+
+
+@pytest.mark.parametrize("dim", [6, 80])
+@pytest.mark.parametrize("kind", ["ternary", "multiples"])
+def test_lowest_index_wins_ties_with_any_number_of_threads(kind, dim):
+    """Whole numbers, so that equal scores are equal to the bit; `multiples` have them at different logits."""
+    generator = torch.Generator().manual_seed(0)
+    classes, n = 1000, 60
+    weight = torch.randint(-1, 2, (classes, dim), generator=generator).float()
+    if kind == "multiples":
+        weight = weight[torch.arange(classes) % 40] * 2.0 ** torch.randint(5, (classes, 1), generator=generator)
+        weight[::9] = 0
+    target = torch.randperm(classes, generator=generator)[:n] if kind == "ternary" else torch.arange(n) * 9
+    f = torch.randint(-3, 4, (n, dim), generator=generator).float()
+    state = torch.zeros(classes, dim), torch.zeros(classes, dtype=torch.bool)
+    actual = of_threads((f, None, target, weight, torch.zeros(classes), *state), delta_dist=1000.0)
+    torch.testing.assert_close(actual["grad_bias"], margin_bias_gradient(f, target, weight), rtol=1e-5, atol=1e-6)
+
+
+def test_nan_has_the_same_gradients_with_any_number_of_threads():
+    f, g, target, weight, bias, centroids, seen = random_case(300, 70, 400)
+    f[3, 5], g[20, 1] = float("nan"), float("inf")
+    weight[150, 2], bias[390] = float("nan"), float("nan")
+    assert of_threads((f, g, target, weight, bias, centroids, seen))["loss"].isnan()
+    weight[150, 2], bias[390] = 0, 0
+    assert of_threads((f, g, target, weight, bias, centroids, seen))["loss"].isnan()
+
+
+def margin_of_scaled_pairs(f, target, weight, delta_dist=3.0):
+    """The margin in float64 by its definition, each pair divided by its largest coordinate: squares are in range."""
+    hinges = []
+    for c in target.unique().tolist():
+        normal = (weight - weight[c])[torch.arange(weight.shape[0]) != c]
+        scaled = normal / normal.detach().abs().amax(1, keepdim=True)
+        hinges.append(torch.relu(delta_dist + (scaled @ f[target == c].mean(0) / scaled.norm(dim=1)).max(0).values))
+    return torch.stack(hinges).mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("classes", [7, 150])
+@pytest.mark.parametrize("size", ["tiny", "huge", "mixed"])
+def test_squares_of_weights_beyond_the_range_of_floats(size, classes, dtype):
+    tiny, huge = (1e-21, 3e19) if dtype == torch.float32 else (1e-170, 3e160)
+    f, _, target, weight, _, centroids, seen = random_case(70, 80, classes, dtype=dtype)
+    sizes = torch.tensor({"tiny": [tiny], "huge": [huge], "mixed": [tiny, 1.0, huge]}[size], dtype=dtype)
+    weight *= sizes[torch.arange(classes) % sizes.numel()].unsqueeze(1)
+    actual = run((f, None, target, weight, None, centroids, seen), "cpu", alpha=0.0, gamma=0.0)
+    f, weight = f.double().requires_grad_(), weight.double().requires_grad_()
+    margin = margin_of_scaled_pairs(f, target, weight)
+    grad_input, grad_weight = torch.autograd.grad(margin, (f, weight))
+    assert margin > 0
+    assert_close(actual, {"margin": margin, "grad_input": grad_input, "grad_weight": grad_weight}, 1e-5)
+
+
+def test_bias_of_minus_infinity_never_wins():
+    for classes in (7, 150):
+        f, g, target, weight, bias, centroids, seen = random_case(70, 80, classes)
+        target[target == 5] = 4
+        bias[5] = -1e6
+        expected = run((f, g, target, weight, bias, centroids, seen), "cpu")
+        bias[5] = -torch.inf
+        actual = run((f, g, target, weight, bias, centroids, seen), "cpu")
+        assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def test_float16_subnormals_are_read_when_subnormals_are_flushed():
+    f, g, target, weight, bias, centroids, seen = random_case(40, 50, 4, seen=0)
+    tensors = [(2e-6 * f).half(), (2e-6 * g).half(), target, weight, bias, centroids, seen]
+    expected = run([t.double() if t.is_floating_point() else t for t in tensors], "reference", delta_var=0.0)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush subnormals")
+    try:
+        actual = run(tensors, "cpu", delta_var=0.0)
+    finally:
+        torch.set_flush_denormal(False)
+    names = ("variance", "compactness", "alignment", "regularization", "centroids")
+    assert_close(actual, {name: expected[name] for name in names}, 1e-5)
+
+
+def test_float16_is_read_exactly():
+    values = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    read = functional.gaussian_noise(values.view(1, -1), 0.0, seed=0, clip=None, backend="cpu")
+    number = ~values.isnan()
+    assert torch.equal(read[0][number], values[number]) and read[0][~number].isnan().all()
+
+
+def test_unknown_instruction_set():
+    command = [sys.executable, "-c", "from robustfast import _C; _C.build_info()"]
+    environment = {**os.environ, "ROBUSTFAST_CPU_ISA": "avx3"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "ROBUSTFAST_CPU_ISA: expected one of what this processor has (baseline" in done.stderr
+    assert "got 'avx3'" in done.stderr
