@@ -109,7 +109,7 @@ def test_interrupted_pass_goes_on(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         measure(net, batches(4), EVERYTHING[:3], tmp_path / "cut", batch_size=4, on_images=stop)
     assert len(list((tmp_path / "cut" / PARTS).glob("*.npz"))) == 3 and not (tmp_path / "cut" / TABLE).exists()
-    with pytest.raises(ValueError, match="images.parts: holds another evaluation, with other measurements"):
+    with pytest.raises(ValueError, match=r"images\.parts: holds another evaluation, with other measurements"):
         measure(net, batches(4), EVERYTHING[:2], tmp_path / "cut", batch_size=4)
     calls = []
     net.register_forward_hook(lambda *_: calls.append(1))
