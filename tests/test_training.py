@@ -134,6 +134,15 @@ def test_small_takes_any_size(size):
     assert model.features(images).shape == (2, 7)
 
 
+def test_images_too_small_for_a_model_are_named(tiny, tmp_path):
+    arrays = dict(np.load(tiny.data.removeprefix("npz:")))
+    np.savez(tmp_path / "a.npz", **{name: a[:, :1, :3] if name[0] == "x" else a for name, a in arrays.items()})
+    config = replace(tiny, data=f"npz:{tmp_path / 'a.npz'}")
+    with pytest.raises(ValueError, match=r"^model: small needs images of 2x2 pixels or more, got 1x3$"):
+        loop.prepare(config)
+    loop.prepare(replace(config, model="resnet18"))
+
+
 def test_a_seed_fixes_the_weights_and_nothing_else():
     state = torch.get_rng_state()
     first, again, other = (models.build("small", 1, 4, 3, seed).fc.weight for seed in (5, 5, 6))
@@ -181,6 +190,13 @@ def test_digits_presets_are_what_tuning_found():
         ("validation", 0.0, "0 < validation < 1"),
         ("test_sigmas", (0.1, math.inf), "finite numbers >= 0"),
         ("norm", 3, "1 or 2"),
+        ("epochs", 1.5, "int"),
+        ("epochs", True, "int"),
+        ("lr", "fast", "float"),
+        ("milestones", 5, "ints"),
+        ("milestones", (1, 2.5), "ints"),
+        ("flip", 1, "bool"),
+        ("threads", -1, "a finite number >= 0"),
     ],
 )
 def test_settings_are_checked(name, value, expected):
