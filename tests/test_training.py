@@ -136,9 +136,9 @@ def test_small_takes_any_size(size):
 
 def test_images_too_small_for_a_model_are_named(tiny, tmp_path):
     arrays = dict(np.load(tiny.data.removeprefix("npz:")))
-    np.savez(tmp_path / "a.npz", **{name: a[:, :1, :3] if name[0] == "x" else a for name, a in arrays.items()})
+    np.savez(tmp_path / "a.npz", **{name: a[:, :5, :1] if name[0] == "x" else a for name, a in arrays.items()})
     config = replace(tiny, data=f"npz:{tmp_path / 'a.npz'}")
-    with pytest.raises(ValueError, match=r"^model: small needs images of 2x2 pixels or more, got 1x3$"):
+    with pytest.raises(ValueError, match=r"^model: small needs images of 2x2 pixels or more, got 5x1$"):
         loop.prepare(config)
     loop.prepare(replace(config, model="resnet18"))
 

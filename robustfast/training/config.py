@@ -80,8 +80,10 @@ class Config:
             value = getattr(self, name)
             kind, *several = get_args(hint) or (hint,)  # (int, ...) of tuple[int, ...]
             accepted = (int, float) if kind is float else kind
-            entries = value if several and isinstance(value, list | tuple) else [value]
-            if not all(isinstance(entry, accepted) and isinstance(entry, bool) <= (kind is bool) for entry in entries):
+            entries = value if several else [value]
+            if not isinstance(entries, list | tuple) or not all(
+                isinstance(entry, accepted) and isinstance(entry, bool) <= (kind is bool) for entry in entries
+            ):
                 raise ValueError(f"{name}: expected {kind.__name__}{'s' if several else ''}, got {value!r}")
 
     def _expect(self, name: str, expected: str, holds: Callable[[Any], bool]) -> None:
