@@ -51,12 +51,15 @@ class DiscriminativeLossFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, backend, input, input_noise, target, weight, bias, centroids, seen, settings, norm, update_state,
-        ignore_index,
+        ctx, backend, input, input_noise, target, weight, bias, centroids, seen, settings, scheduled, norm,
+        update_state, ignore_index,
     ):  # fmt: skip
         loss, terms, *saved = ops(backend).discriminative_loss(
-            input, input_noise, target, weight, bias, centroids, seen, settings, None, norm, update_state, ignore_index
-        )
+            input, input_noise, target, weight, bias, centroids, seen, settings, scheduled, norm, update_state,
+            ignore_index,
+        )  # fmt: skip
+        if update_state and not torch.compiler.is_compiling():  # which sees it from the schema
+            torch.autograd.graph.increment_version((centroids, seen))
         ctx.save_for_backward(input, input_noise, weight, bias, *saved)
         ctx.backend, ctx.norm = backend, norm
         ctx.mark_non_differentiable(terms)

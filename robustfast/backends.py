@@ -79,6 +79,8 @@ def resolve(backend: str, device_type: str, op: str) -> str:
     if backend != "reference" and backend not in LIBRARIES:
         raise ValueError(f"backend: expected auto, {', '.join((*LIBRARIES, 'reference'))}, got {backend!r}")
     reason = why_not(backend)
+    if reason is None and backend != "reference" and torch._C._are_functorch_transforms_active():
+        reason = "kernels do not run inside torch.func (vmap, grad, jacrev, ...); take backend='reference' there"
     if reason is None and backend != "reference" and device_type != home(backend):
         reason = f"it runs on {home(backend)} tensors, got {device_type} tensors"
     if reason is not None:

@@ -4,75 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
-from weakref import WeakSet
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from robustfast.reference import Settings
+from robustfast.reference import Settings, is_static, readable, transformed
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-WAYS_TO_WHOLE = (
-    "leave fc to the root's fully_shard and call the loss in its forward, or shard fc with reshard_after_forward=False,"
-    " or call fc.unshard() before, or pass .full_tensor() of both with process_group given (docs/pytorch.md)"
-)
 LABELS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def wide_dtype(input: Tensor) -> torch.dtype:
     """The dtype of statistics and state: float64 for float64 features, float32 for all others."""
     return torch.float64 if input.dtype == torch.float64 else torch.float32
-
-
-def integer_labels(target: Tensor) -> Tensor:
-    """Labels as the ops take them: those of dtypes that PyTorch computes little with are widened."""
-    if not isinstance(target, Tensor) or target.dtype in (torch.uint16, torch.uint32):
-        _dtype("target", target, (*LABELS, torch.uint16, torch.uint32))
-        return target.long()
-    if target.is_floating_point() or target.dim() == 2:
-        raise TypeError(
-            f"target: expected labels (N,) of an integer dtype, got {target.dtype} of shape {tuple(target.shape)}; soft"
-            " labels are not supported (mixup takes two calls: docs/pytorch.md)"
-        )
-    return target
-
-
-def classifier(fc: Any, input: Tensor, num_classes: int, dim: int) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of the classifier of a loss for ``num_classes`` and ``dim`` features."""
-    if type(fc) is not nn.Linear or "forward" in fc.__dict__:
-        _affine(fc, input)
-    if input.dim() == 2 and input.shape[1] != dim:
-        raise ValueError(f"dim: the loss was made with dim={dim}, got input of {input.shape[1]} features")
-    if fc.weight.dim() == 2 and fc.weight.shape[0] != num_classes:
-        raise ValueError(f"num_classes: the loss was made for {num_classes}, got a classifier of {fc.weight.shape[0]}")
-    return fc.weight, fc.bias
-
-
-_affine_modules: WeakSet[nn.Module] = WeakSet()
-
-
-def _affine(fc, input: Tensor) -> None:
-    """A TypeError unless fc is weight and bias and nothing more: a module that computes itself is tried, once."""
-    if not (isinstance(getattr(fc, "weight", None), Tensor) and hasattr(fc, "bias")):
-        expected = "an nn.Linear, or an object with weight (num_classes, dim) and bias (num_classes,) or None"
-        raise TypeError(f"fc: expected {expected}, got {type(fc).__name__}")
-    if not isinstance(fc, nn.Module) or torch.compiler.is_compiling() or fc in _affine_modules or not len(input):
-        return
-    if type(fc).forward is not nn.Linear.forward or "forward" in fc.__dict__:
-        weight: Any = fc.weight
-        bias: Any = 0 if fc.bias is None else fc.bias
-        some = input[:4].detach().to(weight.dtype)
-        with torch.no_grad():
-            logits, affine = fc(some).float(), (some @ weight.T + bias).float()
-        off = float((logits - affine).abs().max() / affine.abs().max().clamp(min=1e-30))
-        if not off < 0.05:
-            raise TypeError(
-                f"fc: expected a classifier that is input @ weight.T + bias, got {type(fc).__name__}, whose logits are"
-                f" off by {off:.2g} of the largest; functional.discriminative_loss takes the weight and bias of the"
-                " affine classifier that the margin is meant for"
-            )
-    _affine_modules.add(fc)
 
 
 def discriminative_loss(input, input_noise, target, weight, bias, centroids, seen) -> None:
@@ -85,20 +29,14 @@ def discriminative_loss(input, input_noise, target, weight, bias, centroids, see
         _shape("input_noise", input_noise, (n, dim), input)
     _dtype("target", target, LABELS)
     _shape("target", target, (n,), input)
-    _whole("weight", weight)
     _dtype("weight", weight, FLOATING)
     if weight.dim() != 2 or weight.shape[0] < 2:
         raise ValueError(f"weight: expected shape (K, D) with at least 2 classes, got {tuple(weight.shape)}")
     classes = weight.shape[0]
     _shape("weight", weight, (classes, dim), input)
     if bias is not None:
-        _whole("bias", bias)
         _dtype("bias", bias, FLOATING)
         _shape("bias", bias, (classes,), input)
-    if centroids.dtype != wide_dtype(input) and centroids.dtype in FLOATING:
-        wide, call = wide_dtype(input), "double" if wide_dtype(input) == torch.float64 else "float"
-        given = f"got {centroids.dtype}; call .{call}() on the loss"
-        raise TypeError(f"centroids: expected {wide} for {input.dtype} features, {given}")
     _dtype("centroids", centroids, (wide_dtype(input),))
     _shape("centroids", centroids, (classes, dim), input)
     _dtype("seen", seen, (torch.bool,))
@@ -107,20 +45,34 @@ def discriminative_loss(input, input_noise, target, weight, bias, centroids, see
         raise ValueError("centroids, seen: expected contiguous tensors, which the step can write to")
 
 
-def loss_settings(settings: Settings, norm: int) -> None:
+def loss_settings(settings: Settings, norm: int, ignore_index: int = -100) -> None:
     if norm not in (1, 2):
         raise ValueError(f"norm: expected 1 or 2, got {norm!r}")
     if not 0 <= settings.momentum <= 1:
         raise ValueError(f"momentum: expected a number from 0 to 1, got {settings.momentum!r}")
     for name, value in settings._asdict().items():
-        if not math.isfinite(value):
+        if is_static(value) and not math.isfinite(value):
             raise ValueError(f"{name}: expected a finite number, got {value!r}")
+    if not isinstance(ignore_index, int) or not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index: expected an int of 64 bits, got {ignore_index!r}")
+
+
+def state(centroids: Tensor, seen: Tensor) -> None:
+    """Of a step that moves the state: a change of it must show to those who differentiate what they made of it."""
+    if not torch.compiler.is_compiling() and (centroids.is_inference() or seen.is_inference()):
+        raise ValueError(
+            "centroids, seen: expected tensors that were made outside of torch.inference_mode, whose changes autograd "
+            "sees, got inference tensors; clone() them outside of it"
+        )
 
 
 def labels(target: Tensor, num_classes: int, ignore_index: int) -> None:
     """IndexError for a label out of range on the CPU, a device assertion (as in F.cross_entropy) elsewhere."""
-    wrong = (target != ignore_index) & ((target < 0) | (target >= num_classes))
-    if target.device.type != "cpu" or torch.compiler.is_compiling():
+    if transformed():
+        return  # vmap has no values to look at; indexing has errors of its own
+    labels = target.long()  # both bounds and ignore_index may lie outside of target's own dtype
+    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= num_classes))
+    if not readable(target):
         torch._assert_async(~wrong.any(), f"target: a label is outside 0..{num_classes - 1}")
     elif wrong.any():
         position = int(wrong.nonzero()[0])
@@ -143,7 +95,7 @@ def noise(
     if sample_ids is not None:
         _dtype("sample_ids", sample_ids, (torch.int64,))
         _shape("sample_ids", sample_ids, (input.shape[0],), input)
-        if _readable(sample_ids) and (sample_ids < 0).any():
+        if readable(sample_ids) and (sample_ids < 0).any():
             raise ValueError(f"sample_ids: expected ids >= 0, got {int(sample_ids.min())}")
     if clip is None:
         return -math.inf, math.inf
@@ -160,7 +112,7 @@ def seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
         _dtype("seed", seed, (torch.int64,))
         if seed.dim() != 0 or seed.device != device:
             raise ValueError(f"seed: expected a 0-d tensor on {device}, got {tuple(seed.shape)} on {seed.device}")
-        if _readable(seed) and seed < 0:
+        if readable(seed) and seed < 0:
             raise ValueError(f"seed: expected 0 <= seed < 2**63, got {int(seed)}")
         return seed
     if not isinstance(seed, int) or not 0 <= seed < 2**63:
@@ -186,16 +138,6 @@ def _channels_on(values: tuple[float, ...], device: torch.device) -> Tensor:
     if (values, device) not in _channel_cache:
         _channel_cache[values, device] = torch.tensor(values, device=device)
     return _channel_cache[values, device]
-
-
-def _readable(tensor: Tensor) -> bool:
-    """Whether looking at the values costs nothing: on a GPU it would wait for the device."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _whole(name: str, tensor: Tensor) -> None:
-    if hasattr(tensor, "full_tensor"):
-        raise TypeError(f"{name}: expected a plain tensor, got a DTensor (FSDP2, tensor parallel); {WAYS_TO_WHOLE}")
 
 
 def _dtype(name: str, tensor: Tensor, expected: tuple[torch.dtype, ...]) -> None:

@@ -54,7 +54,7 @@ def discriminative_loss(
     Args:
         input: clean penultimate features f (N, D), float32, float64, bfloat16 or float16.
         input_noise: features g (N, D) of the noisy views in the same dtype, or None.
-        target: labels (N,), of any integer dtype but uint64.
+        target: labels (N,), int64, int32, int16, int8 or uint8.
         weight, bias: the classifier W (K, D) and b (K,) or None, of any floating dtype.
         centroids, seen: the state (K, D) and (K,) bool; float64 for float64 features, else float32. Changed in place
             for the classes of the batch if ``update_state`` holds and gradients are enabled, except rows that would
@@ -72,22 +72,36 @@ def discriminative_loss(
         IndexError: a label is out of range (CPU; a device assertion on a GPU).
         RuntimeError: the backend asked for is not usable here.
     """
-    target = checks.integer_labels(target)
     checks.discriminative_loss(input, input_noise, target, weight, bias, centroids, seen)
     settings = Settings(delta_var, delta_dist, alpha, beta, gamma, momentum)
-    checks.loss_settings(settings, norm)
-    norm = int(norm)
+    checks.loss_settings(settings, norm, ignore_index)
     chosen = resolve(backend, input.device.type, "discriminative_loss")
+    if input_noise is input:
+        input_noise = input.view_as(input)  # torch.compile takes no tensor twice
+    moves = update_state and reference.state_moves()
+    if moves:
+        checks.state(centroids, seen)
     tensors = (input, input_noise, target, weight, bias, centroids, seen)
     if chosen == "reference":
         checks.labels(target, weight.shape[0], ignore_index)
         return reference.discriminative_loss(
-            *tensors, norm=norm, update_state=update_state, ignore_index=ignore_index, **settings._asdict()
+            *tensors, norm=norm, update_state=moves, ignore_index=ignore_index, **settings._asdict()
         )
     loss, terms = autograd.DiscriminativeLossFunction.apply(
-        chosen, *tensors, settings, norm, update_state and torch.is_grad_enabled(), ignore_index
+        chosen, *tensors, *as_arguments(settings), int(norm), moves, ignore_index
     )
     return Terms(loss, *terms.unbind())
+
+
+def as_arguments(settings: Settings) -> tuple[Sequence[float], Tensor | None]:
+    """The op's ``settings`` and ``scheduled``: the second where a number is a variable of a compiled graph.
+
+    A list of numbers would be compiled again for each value.
+    """
+    if all([reference.is_static(value) for value in settings]):
+        return settings, None
+    one = torch.ones((), dtype=torch.float64)
+    return (), torch.stack([one * value for value in settings])  # products, since the compiler knows them
 
 
 def gaussian_noise(

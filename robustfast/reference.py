@@ -61,13 +61,15 @@ def discriminative_loss(
         bias = None if bias is None else bias.to(dtype)
         rows = group(target, weight.shape[0], ignore_index)
         mu, momentum_mu = class_centroids(features, rows, centroids, seen, s.momentum)
+        if update_state and state_moves():  # now, since a checkpoint's second pass ends where it has all it needs
+            write_state(momentum_mu.detach(), rows, centroids, seen)
         variance_, compactness, alignment = variance(features, noisy, momentum_mu, rows, s.delta_var, norm)
         margin_ = margin(mu, weight, bias, rows, s.delta_dist)
         regularization_ = regularization(momentum_mu, rows, norm)
-        loss = s.alpha * variance_ + s.beta * margin_ + s.gamma * regularization_
-        if update_state and torch.is_grad_enabled():
-            write_state(momentum_mu.detach(), rows, centroids, seen)
-    return Terms(loss, *(term.detach() for term in (variance_, margin_, regularization_, compactness, alignment)))
+        # As vectors: in forward mode the product of a number and a 0-d tensor has a tangent in float64.
+        weighted = s.alpha * variance_.view(1) + s.beta * margin_.view(1) + s.gamma * regularization_.view(1)
+    terms = (variance_, margin_, regularization_, compactness, alignment)
+    return Terms(weighted.squeeze(0), *(term.detach() for term in terms))
 
 
 class Rows(NamedTuple):
@@ -86,7 +88,8 @@ class Rows(NamedTuple):
 
 def group(target: Tensor, num_classes: int, ignore_index: int) -> Rows:
     """Give each class in the batch a row, so that no table is larger than the batch."""
-    labels = torch.where(target == ignore_index, num_classes, target.long())
+    labels = target.long()
+    labels = torch.where(labels == ignore_index, num_classes, labels)
     size = min(labels.numel(), num_classes)
     if size == num_classes:
         slot, classes = labels, torch.arange(num_classes, device=labels.device)
@@ -165,43 +168,132 @@ def margin(mu: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows, delta_di
 
     The winner i is found without gradient and its score computed again, so that backward touches two rows of W a class.
     """
-    classes = rows.classes
-    winner, has_boundary = nearest_boundary(mu, weight, bias, classes)
-    normal = weight[winner] - weight[classes]
-    distance = p_norm(normal, 2)
-    has_boundary = has_boundary & (distance != 0)
+    best, winner = margin_search(mu, weight, bias, rows.classes)
+    found = rows.present & (best != -math.inf)
+    winner = torch.where(found, winner, rows.classes)  # of itself: there all derivatives are 0, whatever the numbers
+    score, _ = boundary(mu, weight, bias, rows.classes, winner)
+    return rows.mean(torch.relu(delta_dist + score).masked_fill(~found, 0))
+
+
+def boundary(mu: Tensor, weight: Tensor, bias: Tensor | None, classes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """The score of each row's boundary with another class, and whether there is a boundary.
+
+    Both come from the differences of the two rows of W, of which nothing cancels, brought to a size whose squares the
+    dtype can hold.
+    """
+    normal = weight[others] - weight[classes]
+    scale = power_of_two(normal.detach().abs().sum(1))
+    normal = normal * scale.unsqueeze(1)
     logit = (normal * mu).sum(1)
     if bias is not None:
-        logit = logit + bias[winner] - bias[classes]
-    score = logit / distance.masked_fill(~has_boundary, 1)
-    return rows.mean(torch.relu(delta_dist + score).masked_fill(~has_boundary, 0))
+        logit = logit + (bias[others] - bias[classes]) * scale
+    distance = p_norm(normal, 2)
+    exists = distance != 0
+    return logit.masked_fill(~exists, 0) / distance.masked_fill(~exists, 1), exists
+
+
+def power_of_two(size: Tensor) -> Tensor:
+    """What brings a size to about 1 without rounding anything."""
+    most = int(math.log2(torch.finfo(size.dtype).max)) - 2
+    return torch.exp2(-size.log2().floor().clamp(-most, most))
+
+
+LOOKS = 4  # of the search for a winner where it cannot know whether it has ended
 
 
 @torch.no_grad()
-def nearest_boundary(mu: Tensor, weight: Tensor, bias: Tensor | None, classes: Tensor) -> tuple[Tensor, Tensor]:
-    """The class i whose boundary with c scores highest (lowest index on ties), and whether any W_i differs from W_c."""
+def margin_search(mu: Tensor, weight: Tensor, bias: Tensor | None, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """The score of the class whose boundary with c scores highest, -inf where there is none; and that class, the lowest
+    on ties.
+
+    Class by class in descending order of `score_bounds`, the score is computed from differences, until no bound is
+    left that reaches the best score: the result is that of a look at every pair. On a GPU, which would have to be
+    waited for, and in a compiled graph it is that of ``LOOKS`` looks.
+    """
+    bounds = score_bounds(mu, weight, bias, classes)
+    best, winner = torch.full_like(bounds[:, 0], -math.inf), classes
+    for _ in range(weight.shape[0] if readable(mu) else LOOKS):
+        bound, other = bounds.max(1)
+        possible = (bound != -math.inf) & ~(bound < best) & ~best.isnan()
+        if readable(mu) and not possible.any():
+            break
+        score, exists = boundary(mu, weight, bias, classes, other)
+        better = (score > best) | score.isnan() | ((score == best) & (other < winner))
+        better = better & exists & possible & (score != -math.inf)
+        best, winner = torch.where(better, score, best), torch.where(better, other, winner)
+        bounds.scatter_(1, other.unsqueeze(1), -math.inf)
+    return best, winner
+
+
+def score_bounds(mu: Tensor, weight: Tensor, bias: Tensor | None, classes: Tensor) -> Tensor:
+    """(R, K): what no score of a row with a class exceeds, however the two products of matrices are rounded.
+
+    -inf for equal rows of W, between which there is no boundary, and for a class whose bias is -inf.
+    """
+    slack = (weight.shape[1] + 16) * torch.finfo(mu.dtype).eps
+    equals = equal_rows(weight)
+    weight = weight - weight.mean(0)  # what all rows share would only be rounded away
+    scale = power_of_two(weight.abs().sum())
+    weight = weight * scale
+    square = weight.square().sum(1)
+    reach = mu.square().sum(1).sqrt().unsqueeze(1) * (square.sqrt() + square.sqrt()[classes].unsqueeze(1))
     logits = mu @ weight.T
     if bias is not None:
-        logits = logits + bias
-    own = logits.gather(1, classes.unsqueeze(1))
-    square = weight.square().sum(1)
-    distance2 = square + square[classes].unsqueeze(1) - 2 * (weight[classes] @ weight.T)
-    scores = (logits - own) / distance2.clamp(min=torch.finfo(mu.dtype).tiny).sqrt()
-    keys = row_keys(weight)
-    best, winner = scores.masked_fill(keys == keys[classes].unsqueeze(1), -math.inf).max(1)
-    return winner, best != -math.inf
+        bias = bias * scale
+        logits += bias
+        reach += bias.abs() + bias.abs()[classes].unsqueeze(1)
+    above = logits - logits.gather(1, classes.unsqueeze(1)) + slack * reach
+    both = square + square[classes].unsqueeze(1)
+    distance2 = both - 2 * (weight[classes] @ weight.T)
+    distance2 += slack * torch.where(above > 0, -both, both)
+    bounds = above / distance2.clamp_(min=torch.finfo(mu.dtype).tiny).sqrt_()
+    none = (equals == equals[classes].unsqueeze(1)) | (logits == -math.inf)
+    return bounds.masked_fill_(none, -math.inf)
 
 
-def row_keys(weight: Tensor) -> Tensor:
-    """A 64-bit key of each row's bits: equal rows have equal keys, which their rounded distance cannot tell.
+def equal_rows(weight: Tensor) -> Tensor:
+    """(K,): the same number for equal rows, another for every other row.
 
-    A sum modulo 2^64 of the bits times odd numbers, so exact in any order; two different rows collide about once in
-    2^60 pairs.
+    Rows are compared with their neighbours once they are in the order of a key, a sum that equal rows have in common.
     """
-    bits = (weight + 0.0).view(torch.int32 if weight.dtype == torch.float32 else torch.int64).long()
-    column = torch.arange(1, weight.shape[1] + 1, device=weight.device)
-    mixed = column * -7046029254386353131  # 0x9E3779B97F4A7C15, the golden ratio's multiplier
-    return (bits * ((mixed ^ (mixed >> 29)) * -4658895280553007687 | 1)).sum(1)
+    columns = torch.arange(1, weight.shape[1] + 1, dtype=weight.dtype, device=weight.device)
+    order = (weight * columns.cos()).sum(1).sort(stable=True).indices
+    ordered = weight[order]
+    differs = torch.zeros_like(order)
+    differs[1:] = (ordered[1:] != ordered[:-1]).any(1)
+    return torch.empty_like(order).scatter_(0, order, differs.cumsum(0))
+
+
+def state_moves() -> bool:
+    """Whether a step that is to move the state does: with gradients enabled, not inside torch.func, whose functions
+    have no side effects, and not in the first of the two passes of an activation checkpoint, so that the second one
+    meets the same state and moves it."""
+    return torch.is_grad_enabled() and (torch.compiler.is_compiling() or not (transformed() or _checkpointed()))
+
+
+def _checkpointed() -> bool:
+    """Whether torch.utils.checkpoint (use_reentrant=False) will run this again for the gradients."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0].__qualname__.startswith("_checkpoint_hook.")
+
+
+def is_static(number: float) -> bool:
+    """Whether a number has one value, rather than being a variable of a compiled graph."""
+    if not torch.compiler.is_compiling():
+        return True
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return has_static_value(number)
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether looking at values costs nothing: a GPU would be waited for, a compiled or transformed graph has none."""
+    return tensor.device.type == "cpu" and not (torch.compiler.is_compiling() or transformed())
+
+
+def transformed() -> bool:
+    """Whether this runs inside torch.func (vmap, grad, jacrev and the others)."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 @torch.no_grad()

@@ -220,9 +220,7 @@ def test_no_pair_left_gives_margin_zero(backend, device):
 
 
 def test_rows_that_nearly_agree_do_count(backend, device):
-    # The reference sees them in float64 only: it looks for the winner by the rounded distance.
-    dtype = torch.float64 if backend == "reference" else torch.float32
-    tensors = list(random_case(60, 80, 70, dtype=dtype, device=device))
+    tensors = list(random_case(60, 80, 70, device=device))
     tensors[3][1] = tensors[3][0] + 1e-4 * tensors[3][1]
     tensors[3][60:] = tensors[3][2] + 1e-3 * tensors[3][60:]
     tensors[4][:] = 0
@@ -329,7 +327,15 @@ def test_wrong_tensors(name, change, error, message):
 
 @pytest.mark.parametrize(
     "keyword, value",
-    [("norm", 3), ("momentum", 1.5), ("alpha", float("nan")), ("delta_dist", float("inf")), ("backend", "gpu")],
+    [
+        ("norm", 3),
+        ("momentum", 1.5),
+        ("alpha", float("nan")),
+        ("delta_dist", float("inf")),
+        ("backend", "gpu"),
+        ("ignore_index", 2**70),
+        ("ignore_index", 1.5),
+    ],
 )
 def test_wrong_settings(keyword, value):
     with pytest.raises(ValueError, match=f"{keyword}: expected .*{value}"):
@@ -502,11 +508,127 @@ def test_memory_with_200_000_classes():
     assert float(done.stdout) < 64, f"{float(done.stdout):.0f} MiB beside inputs, gradients and state"
 
 
-def test_row_keys_tell_rows_apart():
+def test_equal_rows_are_told_from_others():
     weight = torch.randn(500, 40)
     weight[7], weight[9] = weight[3], weight[3]
     weight[9, 5] = torch.nextafter(weight[9, 5], torch.tensor(9.0))
     weight[11], weight[12] = 0.0, -0.0
-    keys = reference.row_keys(weight)
-    assert keys[7] == keys[3] and keys[11] == keys[12]
-    assert keys.unique().numel() == 498
+    same = reference.equal_rows(weight)
+    assert same[7] == same[3] and same[11] == same[12]
+    assert same.unique().numel() == 498
+
+
+ALPHABETS = {"signs": (-1.0, 1.0), "bits": (0.0, 1.0), "ternary": (-1.0, 0.0, 1.0), "bfloat16": None}
+
+
+@pytest.mark.parametrize("dtype", WIDE)
+@pytest.mark.parametrize("kind", [*ALPHABETS, "opposite", "one-hot", "offset", "clusters"])
+def test_classifiers_of_few_values(kind, dtype, backend, device):
+    """Rows that differ, however alike their bits are, have a boundary."""
+    classes = 2 if kind == "opposite" else 90
+    f, g, target, weight, bias, *state = random_case(60, 90, classes, dtype=dtype, device=device)
+    generator = torch.Generator().manual_seed(1)
+    if kind == "opposite":
+        weight[1], bias[1] = -weight[0], bias[0]
+    elif kind == "one-hot":
+        weight = torch.eye(90, dtype=dtype, device=device)
+    elif kind == "offset":
+        weight += 300
+    elif kind == "clusters":  # thirty rows each that nearly agree
+        weight = weight[:3].repeat(30, 1) * (1 + 1e-4 * torch.rand(90, 90, generator=generator).to(weight))
+    elif kind == "bfloat16":
+        weight = weight.bfloat16().to(dtype)
+    else:
+        values = torch.tensor(ALPHABETS[kind], dtype=dtype)
+        weight = values[torch.randint(len(values), (classes, 90), generator=generator)].to(device)
+    tensors = (f, g, target, weight, bias, *state)
+    exact = [t.double() if t.is_floating_point() else t for t in tensors]
+    expected = {"margin": margin_by_pairs(exact)}
+    assert_close(run(tensors, backend), expected, 1e-10 if dtype == torch.float64 else 2e-5)
+
+
+def test_a_class_with_bias_minus_infinity_never_wins(backend, device):
+    f, g, target, weight, bias, *state = random_case(classes=7, dtype=torch.float64, device=device)
+    target, without = target % 5, torch.tensor([0, 1, 2, 3, 4, 6], device=device)
+    bias[5] = -torch.inf
+    actual = run((f, g, target, weight, bias, *state), backend)
+    expected = run((f, g, target, weight[without], bias[without], *(t[without] for t in state)), backend)
+    assert not actual["grad_weight"][5].any() and not actual["grad_bias"][5].any()
+    for name in ("grad_weight", "grad_bias", "centroids", "seen"):
+        actual[name] = actual[name][without]
+    assert_close(actual, expected, 1e-12)
+
+
+@pytest.mark.parametrize("sizes", [(1e-21,), (3e19,), (1e-21, 1.0, 3e19)])
+def test_classifiers_whose_squares_leave_the_range(sizes, backend, device):
+    f, g, target, weight, bias, *state = random_case(device=device)
+    weight *= torch.tensor(sizes, device=device)[torch.arange(7, device=device) % len(sizes)].unsqueeze(1)
+    tensors = (f, g, target, weight, bias * min(sizes), *state)
+    exact = [t.double() if t.is_floating_point() else t for t in tensors]
+    assert_close(run(tensors, backend), run(exact, "reference"), 1e-5)
+
+
+@pytest.mark.parametrize(
+    "dtype, label, ignore_index, classes",
+    [
+        (torch.uint8, 156, -100, 200),
+        (torch.int8, 100, -100, 128),
+        (torch.uint8, 255, -100, 256),
+        (torch.int16, 32767, -100, 40_000),
+        (torch.int8, 100, 2**40, 128),
+    ],
+)
+def test_labels_whose_dtype_does_not_hold_the_bounds(dtype, label, ignore_index, classes, backend, device):
+    tensors = list(random_case(4, 6, classes, dtype=torch.float64, device=device))
+    tensors[2][:] = torch.tensor([label, 0, label, 1], device=device)
+    expected = run(tensors, backend)
+    tensors[2] = tensors[2].to(dtype)
+    assert_close(run(tensors, backend, ignore_index=ignore_index), expected, 1e-12)
+
+
+def test_a_label_is_no_other_number_s_ignore_index():
+    for backend in ("reference", *(name for name in ("cpu",) if backends()[name] is None)):
+        tensors = list(random_case())
+        tensors[2] = tensors[2].to(torch.int8)
+        tensors[2][13] = -1
+        with pytest.raises(IndexError, match="target: label -1 at position 13"):
+            functional.discriminative_loss(*tensors, ignore_index=255, backend=backend)
+
+
+# What autograd sees of the state.
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_moved_state_is_seen_by_autograd(compiled, backend, device):
+    f, g, target, weight, bias, centroids, seen = random_case(device=device)
+    f.requires_grad_()
+
+    def step(f):
+        return functional.discriminative_loss(f, g, target, weight, bias, centroids, seen, backend=backend).loss
+
+    torch._dynamo.reset()
+    before = seen._version
+    other = (f @ centroids.T).square().sum()
+    (torch.compile(step, backend="aot_eager") if compiled else step)(f)
+    assert seen._version > before
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        other.backward()
+
+
+def test_a_state_that_stays_is_not_a_moved_one(backend, device):
+    tensors = random_case(device=device)
+    functional.discriminative_loss(*tensors, update_state=False, backend=backend)
+    with torch.no_grad():
+        functional.discriminative_loss(*tensors, backend=backend)
+    assert tensors[5]._version == tensors[6]._version == 0
+
+
+def test_a_state_made_in_inference_mode(backend, device):
+    f, g, target, weight, bias, *state = random_case(device=device)
+    with torch.inference_mode():
+        frozen = [t.clone() for t in state]
+        functional.discriminative_loss(f, g, target, weight, bias, *frozen, backend=backend)
+    with pytest.raises(ValueError, match="centroids, seen: expected tensors that were made outside of"):
+        functional.discriminative_loss(f, g, target, weight, bias, *frozen, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(state, frozen, strict=True))
+    functional.discriminative_loss(f, g, target, weight, bias, *frozen, update_state=False, backend=backend)

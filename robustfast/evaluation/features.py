@@ -88,14 +88,8 @@ def _wide(input, input_noise, target, weight, bias):
 
 
 def _nearest(points: Tensor, classes: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    winner, has_boundary = reference.nearest_boundary(points, weight, bias, classes)
-    normal = weight[classes] - weight[winner]
-    logit = (normal * points).sum(1)
-    if bias is not None:
-        logit = logit + bias[classes] - bias[winner]
-    distance = normal.norm(dim=1)
-    known = has_boundary & (distance > 0)
-    return torch.where(known, logit / distance.masked_fill(~known, 1), torch.inf)
+    score, _ = reference.margin_search(points, weight, bias, classes)
+    return -score
 
 
 class Projection(NamedTuple):
