@@ -4,19 +4,75 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
+from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from robustfast.reference import Settings, is_static, readable, transformed
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+WAYS_TO_WHOLE = (
+    "leave fc to the root's fully_shard and call the loss in its forward, or shard fc with reshard_after_forward=False,"
+    " or call fc.unshard() before, or pass .full_tensor() of both with process_group given (docs/pytorch.md)"
+)
 LABELS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def wide_dtype(input: Tensor) -> torch.dtype:
     """The dtype of statistics and state: float64 for float64 features, float32 for all others."""
     return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
+def integer_labels(target: Tensor) -> Tensor:
+    """Labels as the ops take them: those of dtypes that PyTorch computes little with are widened."""
+    if not isinstance(target, Tensor) or target.dtype in (torch.uint16, torch.uint32):
+        _dtype("target", target, (*LABELS, torch.uint16, torch.uint32))
+        return target.long()
+    if target.is_floating_point() or target.dim() == 2:
+        raise TypeError(
+            f"target: expected labels (N,) of an integer dtype, got {target.dtype} of shape {tuple(target.shape)}; soft"
+            " labels are not supported (mixup takes two calls: docs/pytorch.md)"
+        )
+    return target
+
+
+def classifier(fc: Any, input: Tensor, num_classes: int, dim: int) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the classifier of a loss for ``num_classes`` and ``dim`` features."""
+    if type(fc) is not nn.Linear or "forward" in fc.__dict__:
+        _affine(fc, input)
+    if input.dim() == 2 and input.shape[1] != dim:
+        raise ValueError(f"dim: the loss was made with dim={dim}, got input of {input.shape[1]} features")
+    if fc.weight.dim() == 2 and fc.weight.shape[0] != num_classes:
+        raise ValueError(f"num_classes: the loss was made for {num_classes}, got a classifier of {fc.weight.shape[0]}")
+    return fc.weight, fc.bias
+
+
+_affine_modules: WeakSet[nn.Module] = WeakSet()
+
+
+def _affine(fc, input: Tensor) -> None:
+    """A TypeError unless fc is weight and bias and nothing more: a module that computes itself is tried, once."""
+    if not (isinstance(getattr(fc, "weight", None), Tensor) and hasattr(fc, "bias")):
+        expected = "an nn.Linear, or an object with weight (num_classes, dim) and bias (num_classes,) or None"
+        raise TypeError(f"fc: expected {expected}, got {type(fc).__name__}")
+    if not isinstance(fc, nn.Module) or torch.compiler.is_compiling() or fc in _affine_modules or not len(input):
+        return
+    if type(fc).forward is not nn.Linear.forward or "forward" in fc.__dict__:
+        weight: Any = fc.weight
+        bias: Any = 0 if fc.bias is None else fc.bias
+        some = input[:4].detach().to(weight.dtype)
+        with torch.no_grad():
+            logits, affine = fc(some).float(), (some @ weight.T + bias).float()
+        off = float((logits - affine).abs().max() / affine.abs().max().clamp(min=1e-30))
+        if not off < 0.05:
+            raise TypeError(
+                f"fc: expected a classifier that is input @ weight.T + bias, got {type(fc).__name__}, whose logits are"
+                f" off by {off:.2g} of the largest; functional.discriminative_loss takes the weight and bias of the"
+                " affine classifier that the margin is meant for"
+            )
+    _affine_modules.add(fc)
 
 
 def discriminative_loss(input, input_noise, target, weight, bias, centroids, seen) -> None:
@@ -29,14 +85,20 @@ def discriminative_loss(input, input_noise, target, weight, bias, centroids, see
         _shape("input_noise", input_noise, (n, dim), input)
     _dtype("target", target, LABELS)
     _shape("target", target, (n,), input)
+    _whole("weight", weight)
     _dtype("weight", weight, FLOATING)
     if weight.dim() != 2 or weight.shape[0] < 2:
         raise ValueError(f"weight: expected shape (K, D) with at least 2 classes, got {tuple(weight.shape)}")
     classes = weight.shape[0]
     _shape("weight", weight, (classes, dim), input)
     if bias is not None:
+        _whole("bias", bias)
         _dtype("bias", bias, FLOATING)
         _shape("bias", bias, (classes,), input)
+    if centroids.dtype != wide_dtype(input) and centroids.dtype in FLOATING:
+        wide, call = wide_dtype(input), "double" if wide_dtype(input) == torch.float64 else "float"
+        given = f"got {centroids.dtype}; call .{call}() on the loss"
+        raise TypeError(f"centroids: expected {wide} for {input.dtype} features, {given}")
     _dtype("centroids", centroids, (wide_dtype(input),))
     _shape("centroids", centroids, (classes, dim), input)
     _dtype("seen", seen, (torch.bool,))
@@ -138,6 +200,11 @@ def _channels_on(values: tuple[float, ...], device: torch.device) -> Tensor:
     if (values, device) not in _channel_cache:
         _channel_cache[values, device] = torch.tensor(values, device=device)
     return _channel_cache[values, device]
+
+
+def _whole(name: str, tensor: Tensor) -> None:
+    if hasattr(tensor, "full_tensor"):
+        raise TypeError(f"{name}: expected a plain tensor, got a DTensor (FSDP2, tensor parallel); {WAYS_TO_WHOLE}")
 
 
 def _dtype(name: str, tensor: Tensor, expected: tuple[torch.dtype, ...]) -> None:

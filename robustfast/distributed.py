@@ -2,11 +2,68 @@
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+def resolve(process_group: Any) -> Any:
+    """The torch.distributed group that a module's ``process_group`` stands for now; None for this rank alone."""
+    if process_group is None:
+        if not torch.compiler.is_compiling() and _several_ranks():
+            _warn_of_ranks_apart()
+        return None
+    if process_group is False:
+        return None
+    if process_group is True or (isinstance(process_group, str) and process_group == "world"):
+        return dist.group.WORLD if _several_ranks() else None
+    if isinstance(process_group, dist.device_mesh.DeviceMesh):
+        if process_group.ndim != 1:
+            dimensions = process_group.mesh_dim_names or process_group.ndim
+            raise ValueError(f"process_group: expected a mesh of one dimension, as mesh['data'] is, got {dimensions}")
+        process_group = process_group.get_group()
+    if process_group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(f"process_group: expected a group of which this process, rank {dist.get_rank()}, is a member")
+    if not isinstance(process_group, dist.ProcessGroup):
+        expected = "'world' (or True), a group of torch.distributed, a DeviceMesh, None or False"
+        raise TypeError(f"process_group: expected {expected}, got {process_group!r}")
+    return process_group
+
+
+def portable(process_group: Any) -> Any:
+    """What another process can read of it: the group of all ranks by its name, no other group."""
+    if process_group is None or isinstance(process_group, (bool, str)):
+        return process_group
+    if dist.is_initialized() and process_group is dist.group.WORLD:
+        return "world"
+    warnings.warn(
+        "a process group does not leave its process: where this DiscriminativeLoss is loaded, set its process_group",
+        stacklevel=3,
+    )
+    return None
+
+
+def _several_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+@cache
+def _warn_of_ranks_apart() -> None:
+    warnings.warn(
+        "DiscriminativeLoss trains in several ranks without a process_group: each rank's centroids are of its own"
+        " batches and drift apart. process_group='world' makes the ranks' batches count as one; False says that this is"
+        " meant",
+        stacklevel=4,
+    )
+
+
+def _all_gather(result: Tensor, mine: Tensor, group: Any) -> None:
+    newer = getattr(dist, "all_gather_single", None)  # PyTorch 2.13 warns of the old name
+    (newer or dist.all_gather_into_tensor)(result, mine, group=group)
 
 
 class GatherRows(torch.autograd.Function):
@@ -21,7 +78,7 @@ class GatherRows(torch.autograd.Function):
         world, ctx.rank, ctx.size = dist.get_world_size(group), dist.get_rank(group), rows.shape[0]
         ctx.world = world
         gathered = rows.new_empty((world * rows.shape[0], *rows.shape[1:]))
-        dist.all_gather_into_tensor(gathered, rows.contiguous(), group=group)
+        _all_gather(gathered, rows.contiguous(), group)
         return gathered
 
     @staticmethod
@@ -33,5 +90,21 @@ def gather_batch(
     input: Tensor, input_noise: Tensor | None, target: Tensor, group: Any
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """The global batch of ranks whose batches have one size, as in training with ``drop_last``."""
+    _same_sizes(input, input_noise, group)
     noise = None if input_noise is None else GatherRows.apply(input_noise, group)
     return GatherRows.apply(input, group), noise, GatherRows.apply(target, group)
+
+
+def _same_sizes(input: Tensor, input_noise: Tensor | None, group: Any) -> None:
+    """An error on every rank, where gathering batches of several sizes would hang or abort.
+
+    On the CPU a ValueError; on a GPU, which nothing waits for, a device assertion before the batches are gathered.
+    """
+    mine = torch.full((1,), 2 * input.shape[0] + (input_noise is not None), dtype=torch.int64, device=input.device)
+    all_ranks = mine.new_empty(dist.get_world_size(group))
+    _all_gather(all_ranks, mine, group)
+    expected = "input, input_noise: expected batches of one size on all ranks, with a noisy view on all or on none"
+    if input.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async((all_ranks == mine).all(), expected)
+    elif (all_ranks != mine).any():
+        raise ValueError(f"{expected}, got sizes {(all_ranks // 2).tolist()}, noisy views {(all_ranks % 2).tolist()}")

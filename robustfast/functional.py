@@ -54,7 +54,7 @@ def discriminative_loss(
     Args:
         input: clean penultimate features f (N, D), float32, float64, bfloat16 or float16.
         input_noise: features g (N, D) of the noisy views in the same dtype, or None.
-        target: labels (N,), int64, int32, int16, int8 or uint8.
+        target: labels (N,), of any integer dtype but uint64.
         weight, bias: the classifier W (K, D) and b (K,) or None, of any floating dtype.
         centroids, seen: the state (K, D) and (K,) bool; float64 for float64 features, else float32. Changed in place
             for the classes of the batch if ``update_state`` holds and gradients are enabled, except rows that would
@@ -72,9 +72,11 @@ def discriminative_loss(
         IndexError: a label is out of range (CPU; a device assertion on a GPU).
         RuntimeError: the backend asked for is not usable here.
     """
+    target = checks.integer_labels(target)
     checks.discriminative_loss(input, input_noise, target, weight, bias, centroids, seen)
     settings = Settings(delta_var, delta_dist, alpha, beta, gamma, momentum)
     checks.loss_settings(settings, norm, ignore_index)
+    norm = int(norm)
     chosen = resolve(backend, input.device.type, "discriminative_loss")
     if input_noise is input:
         input_noise = input.view_as(input)  # torch.compile takes no tensor twice
@@ -88,7 +90,7 @@ def discriminative_loss(
             *tensors, norm=norm, update_state=moves, ignore_index=ignore_index, **settings._asdict()
         )
     loss, terms = autograd.DiscriminativeLossFunction.apply(
-        chosen, *tensors, *as_arguments(settings), int(norm), moves, ignore_index
+        chosen, *tensors, *as_arguments(settings), norm, moves, ignore_index
     )
     return Terms(loss, *terms.unbind())
 

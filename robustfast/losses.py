@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from typing import Any
 
 import torch
@@ -29,8 +31,10 @@ class DiscriminativeLoss(nn.Module):
         momentum: rho, the share of the previous centroid.
         ignore_index: samples with this label count nowhere.
         backend: "auto", or one of :func:`robustfast.backends`.
-        process_group: a torch.distributed group whose ranks' batches, all of one size, count as one batch, for
-            training with DistributedDataParallel; None for this rank alone.
+        process_group: whose batches, all of one size, count as one batch in training: "world" (or True) for all ranks,
+            looked up at each step; a torch.distributed group or a DeviceMesh of one dimension that this rank is in;
+            None or False for this rank alone, None with a warning where several ranks train. In eval mode and under
+            no_grad each rank's batch stands for itself.
         return_terms: forward returns :class:`~robustfast.functional.Terms` instead of the scalar loss.
     """
 
@@ -61,7 +65,7 @@ class DiscriminativeLoss(nn.Module):
             raise ValueError(f"dim: expected at least 1, got {dim!r}")
         checks.loss_settings(Settings(delta_var, delta_dist, alpha, beta, gamma, momentum), norm)
         self.num_classes, self.dim = num_classes, dim
-        self.delta_var, self.delta_dist, self.norm = delta_var, delta_dist, norm
+        self.delta_var, self.delta_dist, self.norm = delta_var, delta_dist, int(norm)
         self.alpha, self.beta, self.gamma, self.momentum = alpha, beta, gamma, momentum
         self.ignore_index, self.backend = ignore_index, backend
         self.process_group, self.return_terms = process_group, return_terms
@@ -75,19 +79,23 @@ class DiscriminativeLoss(nn.Module):
             input: clean features (N, dim).
             input_noise: features (N, dim) of the noisy views, or None.
             target: labels (N,).
-            fc: the classifier, an nn.Linear or anything with ``weight`` (num_classes, dim) and ``bias``.
+            fc: the classifier, an nn.Linear or anything with ``weight`` (num_classes, dim) and ``bias`` (num_classes,)
+                or None. Of a module that is more, such as a cosine head, the boundaries are others: it is refused.
 
         Returns:
             The scalar loss, or all of :class:`~robustfast.functional.Terms` where ``return_terms`` holds.
         """
-        if self.process_group is not None:
-            input, input_noise, target = distributed.gather_batch(input, input_noise, target, self.process_group)
+        weight, bias = checks.classifier(fc, input, self.num_classes, self.dim)
+        if self.training and torch.is_grad_enabled():
+            group = distributed.resolve(self.process_group)
+            if group is not None:
+                input, input_noise, target = distributed.gather_batch(input, input_noise, target, group)
         terms = functional.discriminative_loss(
             input,
             input_noise,
             target,
-            fc.weight,
-            fc.bias,
+            weight,
+            bias,
             self.centroids,
             self.seen,
             delta_var=self.delta_var,
@@ -110,9 +118,35 @@ class DiscriminativeLoss(nn.Module):
             f"gamma={self.gamma}, momentum={self.momentum}, backend={self.backend!r}"
         )
 
+    def reset_parameters(self) -> None:
+        """Forgets all centroids; what a module on the meta device needs after ``to_empty``, which does it by itself."""
+        self.centroids.zero_()
+        self.seen.zero_()
+
     def _apply(self, fn: Any, recurse: bool = True) -> DiscriminativeLoss:
-        state = self.centroids
+        before = self.centroids
         super()._apply(fn, recurse)
         if self.centroids.dtype in (torch.float16, torch.bfloat16):  # ten thousand 1% steps vanish in 8 bits
-            self.centroids = state.to(self.centroids.device, torch.float32)
+            self.centroids = before.to(self.centroids.device, torch.float32)
+        if before.is_meta and not self.centroids.is_meta:
+            self.reset_parameters()
         return self
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
+        names = (prefix + "centroids", prefix + "seen")
+        if not any(name in state_dict for name in names):
+            message = f"{names[0]}, {names[1]}: the checkpoint is of a model without the loss's state"
+            warnings.warn(f"{message}; with strict=False it loads, and that state stays what it is", stacklevel=3)
+        elif names[0] in state_dict:  # with assign=True it would replace the state, dtype and all
+            state_dict = {**state_dict, names[0]: state_dict[names[0]].to(self.centroids.dtype)}
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DiscriminativeLoss:
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        memo[id(self.process_group)] = self.process_group  # a handle of this process, shared by copies
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"process_group": distributed.portable(self.process_group)}

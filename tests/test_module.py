@@ -1,7 +1,6 @@
 """DiscriminativeLoss as a module: its state, its modes, its place of the published code."""
 
 import copy
-import inspect
 import os
 import subprocess
 import sys
@@ -14,7 +13,6 @@ from loss_cases import random_case
 import robustfast
 from robustfast import DiscriminativeLoss
 from robustfast.backends import has_code_for
-from robustfast.compat import DiscriminativeLoss_forcing
 
 
 def batch_and_head(device="cpu", dtype=torch.float32):
@@ -41,19 +39,6 @@ def test_code_for_an_architecture(architecture, runs_on):
     capabilities = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
     assert [c for c in capabilities if has_code_for(architecture, c)] == runs_on
     assert has_code_for("Hopper", (9, 0))
-
-
-def test_published_signature():
-    names = list(inspect.signature(DiscriminativeLoss_forcing).parameters)
-    assert names[:9] == ["num_classes", "dim", "delta_var", "delta_dist", "norm", "alpha", "beta", "gamma", "momentum"]
-    assert list(inspect.signature(DiscriminativeLoss.forward).parameters)[1:] == [
-        "input",
-        "input_noise",
-        "target",
-        "fc",
-    ]
-    loss = DiscriminativeLoss_forcing(10, 128, 0.5, 5.0, 2, 1.0, 1.0, 0.001, 0.99)
-    assert loss(torch.randn(4, 128), None, torch.arange(4), torch.nn.Linear(128, 10)).dim() == 0
 
 
 def test_state_moves_in_training_with_gradients_only(loss, device):
@@ -109,6 +94,109 @@ def test_autocast(loss, device):
     assert value.dtype == fc.weight.grad.dtype == body.weight.grad.dtype == torch.float32
 
 
+def test_meta_device(device):
+    """Memory that to_empty gives holds anything: the state starts from nothing all the same."""
+    with torch.device("meta"):
+        loss = DiscriminativeLoss(7, 12)
+    loss.to_empty(device=device)
+    assert not loss.seen.any() and not loss.centroids.any()
+    loss(*batch_and_head(device))
+    loss.reset_parameters()
+    assert not loss.seen.any() and not loss.centroids.any()
+
+
+def test_double_and_back(loss, device):
+    assert loss.double().half().centroids.dtype == torch.float32
+    loss(*batch_and_head(device))
+
+
+def test_checkpoint_of_a_model_without_the_loss(loss):
+    model = torch.nn.ModuleDict({"fc": torch.nn.Linear(12, 7), "loss": loss})
+    loss(*batch_and_head(loss.centroids.device))
+    state = copy.deepcopy(loss.state_dict())
+    old = {name: value for name, value in model.state_dict().items() if not name.startswith("loss.")}
+    message = r"loss.centroids, loss.seen: the checkpoint is of a model without the loss's state; with strict=False"
+    with pytest.warns(UserWarning, match=message):
+        model.load_state_dict(old, strict=False)
+    with pytest.warns(UserWarning, match=message), pytest.raises(RuntimeError, match="Missing key"):
+        model.load_state_dict(old)
+    for name, value in state.items():
+        assert torch.equal(value, loss.state_dict()[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_assigned_checkpoint_keeps_the_states_dtype(loss, device, dtype):
+    loss(*batch_and_head(device))
+    checkpoint = {name: value.to(dtype) if name == "centroids" else value for name, value in loss.state_dict().items()}
+    twin = DiscriminativeLoss(7, 12, backend=loss.backend).to(device)
+    twin.load_state_dict(checkpoint, assign=True)
+    assert twin.centroids.dtype == torch.float32 and torch.equal(twin.seen, loss.seen)
+    twin(*batch_and_head(device))
+    assert checkpoint["centroids"].dtype == dtype
+
+
+class Cosine(torch.nn.Linear):
+    def forward(self, x):
+        return 16 * torch.nn.functional.linear(torch.nn.functional.normalize(x), self.weight)
+
+
+class Affine(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.calls = torch.nn.Linear(12, 7), 0
+        self.weight, self.bias = self.linear.weight, self.linear.bias
+
+    def forward(self, x):
+        self.calls += 1
+        return self.linear(x)
+
+
+def test_classifier_that_is_more_than_affine(loss, device):
+    f, g, target, _ = batch_and_head(device)
+    with pytest.raises(TypeError, match=r"fc: expected a classifier that is input @ weight.T \+ bias, got Cosine"):
+        loss(f, g, target, Cosine(12, 7).to(device))
+    patched = torch.nn.Linear(12, 7).to(device)
+    patched.forward = lambda x: 2 * x[:, :7]
+    with pytest.raises(TypeError, match="fc: expected a classifier"):
+        loss(f, g, target, patched)
+    affine = Affine().to(device)
+    for _ in range(2):
+        loss(f, g, target, affine)
+    assert affine.calls == 1  # tried once
+
+
+def test_words_for_what_is_no_classifier(loss, device):
+    f, g, target, fc = batch_and_head(device)
+    headless = SimpleNamespace(weight=fc.weight)
+    for wrong, name in (((fc.weight, fc.bias), "tuple"), (torch.nn.Identity(), "Identity"), (headless, "SimpleNam")):
+        with pytest.raises(TypeError, match=f"fc: expected an nn.Linear, or an object with weight .*, got {name}"):
+            loss(f, g, target, wrong)
+
+
+def test_words_for_sizes_dtypes_and_labels(loss, device):
+    f, g, target, fc = batch_and_head(device)
+    with pytest.raises(ValueError, match="dim: the loss was made with dim=12, got input of 6 features"):
+        loss(f[:, :6], None, target, fc)
+    with pytest.raises(ValueError, match="num_classes: the loss was made for 7, got a classifier of 3"):
+        loss(f, g, target, SimpleNamespace(weight=fc.weight[:3], bias=fc.bias[:3]))
+    with pytest.raises(TypeError, match=r"centroids: expected torch.float64 .*; call \.double\(\) on the loss"):
+        loss(f.double(), None, target, fc)
+    with pytest.raises(TypeError, match=r"centroids: expected torch.float32 .*; call \.float\(\) on the loss"):
+        copy.deepcopy(loss).double()(f, None, target, fc)
+    for soft in (torch.nn.functional.one_hot(target, 7), target.float()):
+        with pytest.raises(TypeError, match=r"target: expected labels .*; soft labels are not supported"):
+            loss(f, g, soft, fc)
+
+
+def test_labels_and_norm_of_unusual_types(loss, device):
+    f, g, target, fc = batch_and_head(device)
+    expected = copy.deepcopy(loss)(f, g, target, fc)
+    for dtype in (torch.uint16, torch.uint32):
+        assert torch.equal(copy.deepcopy(loss)(f, g, target.to(dtype), fc), expected)
+    twin = DiscriminativeLoss(7, 12, norm=2.0, backend=loss.backend).to(device)
+    assert torch.equal(twin(f, g, target, fc), expected)
+
+
 @pytest.mark.parametrize(
     "keyword, value", [("num_classes", 1), ("dim", 0), ("norm", 0), ("momentum", -0.1), ("gamma", float("nan"))]
 )
@@ -137,54 +225,3 @@ def test_build_info():
     info = _C.build_info()
     assert info["instruction_set"] in info["instruction_sets"]
     assert info["torch"].split(".")[0] == "2" and info["compiler"]
-
-
-def ranks(rank, world, path, results):
-    """One process of a group: a quarter of the batch, gradients averaged as by DistributedDataParallel."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
-    torch.set_num_threads(1)
-    f, g, target, weight, bias, _, _ = random_case(48, dtype=torch.float64)
-    mine = slice(rank * 48 // world, (rank + 1) * 48 // world)
-    fc = SimpleNamespace(weight=weight.requires_grad_(), bias=bias.requires_grad_())
-    f, g = (t[mine].requires_grad_() for t in (f, g))
-    loss = DiscriminativeLoss(7, 12, process_group=torch.distributed.group.WORLD).double()
-    value = loss(f, g, target[mine], fc)
-    value.backward()
-    torch.distributed.all_reduce(weight.grad)
-    results.put(
-        (
-            rank,
-            value.item(),
-            f.grad.numpy() / world,
-            g.grad.numpy() / world,
-            (weight.grad / world).numpy(),
-            loss.centroids.numpy(),
-        )
-    )
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
-def test_ranks_batches_count_as_one(tmp_path):
-    f, g, target, weight, bias, _, _ = random_case(48, dtype=torch.float64)
-    leaves = [t.requires_grad_() for t in (f, g, weight)]
-    loss = DiscriminativeLoss(7, 12).double()
-    value = loss(f, g, target, SimpleNamespace(weight=weight, bias=bias))
-    value.backward()
-
-    context = torch.multiprocessing.get_context("spawn")
-    results = context.SimpleQueue()
-    world = 2
-    processes = [context.Process(target=ranks, args=(r, world, tmp_path / "store", results)) for r in range(world)]
-    for process in processes:
-        process.start()
-    found = sorted((results.get() for _ in processes), key=lambda result: result[0])
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
-    for _, other, *_, weight_grad, centroids in found:
-        assert other == pytest.approx(value.item(), rel=1e-12)
-        torch.testing.assert_close(torch.from_numpy(weight_grad), leaves[2].grad)
-        torch.testing.assert_close(torch.from_numpy(centroids), loss.centroids)
-    for leaf, part in zip(leaves[:2], (2, 3), strict=True):
-        torch.testing.assert_close(torch.cat([torch.from_numpy(result[part]) for result in found]), leaf.grad)

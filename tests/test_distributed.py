@@ -1,0 +1,211 @@
+"""Several ranks: whose batches count as one, and what a rank is told instead of waiting for ever."""
+
+import copy
+import pickle
+import traceback
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from loss_cases import random_case
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from robustfast import DiscriminativeLoss, distributed
+
+WORLD = 2
+
+
+def run_ranks(function, path):
+    """What ``function(rank)`` returns in each of two processes; a failure is that of the first."""
+    context = torch.multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    processes = [context.Process(target=one_rank, args=(function, rank, path, results)) for rank in range(WORLD)]
+    for process in processes:
+        process.start()
+    found = sorted((results.get() for _ in processes), key=lambda result: result[0])
+    for process in processes:
+        process.join()
+    failures = [failure for _, failure, _ in found if failure is not None]
+    assert not failures, failures[0]
+    return [result for *_, result in found]
+
+
+def one_rank(function, rank, path, results):
+    torch.set_num_threads(1)
+    try:
+        result = function(rank, lambda: dist.init_process_group("gloo", f"file://{path}", rank=rank, world_size=WORLD))
+        results.put((rank, None, pickle.dumps(result)))
+        dist.barrier()
+        dist.destroy_process_group()
+    except Exception:
+        results.put((rank, traceback.format_exc(), None))
+
+
+def global_batch():
+    f, g, target, weight, bias, _, _ = random_case(48, dtype=torch.float64)
+    return f, g, target, SimpleNamespace(weight=weight.requires_grad_(), bias=bias.requires_grad_())
+
+
+def my_part(rank):
+    f, g, target, fc = global_batch()
+    mine = slice(rank * 48 // WORLD, (rank + 1) * 48 // WORLD)
+    f, g = (t[mine].clone().requires_grad_() for t in (f, g))
+    return f, g, target[mine], fc
+
+
+def step(loss, rank):
+    """The loss of this rank's part, and gradients as DistributedDataParallel averages them."""
+    f, g, target, fc = my_part(rank)
+    value = loss(f, g, target, fc)
+    value.backward()
+    dist.all_reduce(fc.weight.grad)
+    grads = [t / WORLD for t in (f.grad, g.grad, fc.weight.grad)]
+    return [t.detach().numpy() for t in (value, *grads, loss.centroids)]
+
+
+def ways_of_naming_a_group(rank, initialise):
+    early = {name: DiscriminativeLoss(7, 12, process_group=name).double() for name in ("world", True)}
+    initialise()
+    mesh = init_device_mesh("cpu", (WORLD,), mesh_dim_names=("data",))
+    late = {
+        "group": DiscriminativeLoss(7, 12, process_group=dist.group.WORLD).double(),
+        "mesh": DiscriminativeLoss(7, 12, process_group=mesh).double(),
+    }
+    losses = early | late
+    losses |= {"deepcopy": copy.deepcopy(losses["mesh"]), "pickle": pickle.loads(pickle.dumps(losses["group"]))}
+    return {name: step(loss, rank) for name, loss in losses.items()}
+
+
+def test_ranks_batches_count_as_one(tmp_path):
+    f, g, target, fc = global_batch()
+    loss = DiscriminativeLoss(7, 12).double()
+    value = loss(f.requires_grad_(), g.requires_grad_(), target, fc)
+    value.backward()
+    ranks = [pickle.loads(result) for result in run_ranks(ways_of_naming_a_group, tmp_path / "store")]
+    assert list(ranks[0]) == ["world", True, "group", "mesh", "deepcopy", "pickle"]
+    for name in ranks[0]:
+        for other, *_, grad_weight, centroids in (rank[name] for rank in ranks):
+            assert other == pytest.approx(value.item(), rel=1e-12), name
+            torch.testing.assert_close(torch.from_numpy(grad_weight), fc.weight.grad)
+            torch.testing.assert_close(torch.from_numpy(centroids), loss.centroids)
+        for part, whole in ((1, f), (2, g)):
+            parts = torch.cat([torch.from_numpy(rank[name][part]) for rank in ranks])
+            torch.testing.assert_close(parts, whole.grad)
+
+
+def errors_and_exceptions(rank, initialise):
+    initialise()
+    loss = DiscriminativeLoss(7, 12, process_group="world").double()
+    f, g, target, fc = my_part(rank)
+    if rank == 0:  # validation on one rank: nobody waits
+        loss.eval()(f, g, target, fc)
+        with torch.no_grad():
+            loss.train()(f, g, target, fc)
+    with pytest.raises(ValueError, match=r"batches of one size on all ranks.* got sizes \[24, 23\]"):
+        loss(f[rank:], g[rank:], target[rank:], fc)
+    with pytest.raises(ValueError, match=r"with a noisy view .* got sizes \[24, 24\], noisy views \[0, 1\]"):
+        loss(f, g if rank else None, target, fc)
+
+    loss.process_group = dist.new_group([0])
+    if rank == 1:
+        with pytest.raises(ValueError, match="process_group: expected a group of which this process, rank 1, is a mem"):
+            loss(f, g, target, fc)
+    loss.process_group = init_device_mesh("cpu", (1, WORLD), mesh_dim_names=("tensor", "data"))
+    with pytest.raises(ValueError, match=r"process_group: expected a mesh of one dimension.*\('tensor', 'data'\)"):
+        loss(f, g, target, fc)
+    loss.process_group = "ranks"
+    with pytest.raises(TypeError, match=r"process_group: expected 'world' .*, got 'ranks'"):
+        loss(f, g, target, fc)
+
+    loss.process_group = dist.new_group([0, 1])
+    with pytest.warns(UserWarning, match="a process group does not leave its process"):
+        assert pickle.loads(pickle.dumps(loss)).process_group is None
+
+    apart = DiscriminativeLoss(7, 12).double()
+    with pytest.warns(UserWarning, match="process_group='world' makes the ranks' batches count as one"):
+        apart(f, g, target, fc)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        apart(f, g, target, fc)  # once
+        distributed._warn_of_ranks_apart.cache_clear()
+        apart.process_group = False
+        apart(f, g, target, fc)
+
+
+def test_a_rank_is_told_what_is_wrong(tmp_path):
+    run_ranks(errors_and_exceptions, tmp_path / "store")
+
+
+def test_world_without_ranks_is_this_process():
+    f, g, target, fc = global_batch()
+    alone, world = (DiscriminativeLoss(7, 12, process_group=group).double() for group in (None, "world"))
+    assert torch.equal(alone(f, g, target, fc), world(f, g, target, fc))
+
+
+class Net(nn.Module):
+    """A classifier whose forward gives its loss, or features and logits where it has none."""
+
+    def __init__(self, loss=None):
+        super().__init__()
+        torch.manual_seed(1)
+        self.body, self.fc, self.loss = nn.Linear(12, 12), nn.Linear(12, 7), loss
+        self.double()
+
+    def forward(self, x, target):
+        f = self.body(x)
+        z = self.fc(f)
+        return (
+            (f, z)
+            if self.loss is None
+            else nn.functional.cross_entropy(z, target) + self.loss(f, None, target, self.fc)
+        )
+
+
+def sharded_classifiers(rank, initialise):
+    from torch.distributed.fsdp import fully_shard
+
+    initialise()
+    x, _, target, _ = global_batch()
+    whole = Net(DiscriminativeLoss(7, 12))
+    whole(x, target).backward()
+    x, _, target, _ = my_part(rank)
+
+    def check(net, value):
+        value.backward()
+        for name, parameter in net.named_parameters():
+            expected = whole.get_parameter(name).grad
+            torch.testing.assert_close(parameter.grad.full_tensor(), expected)
+
+    def features_and_loss(net, **options):
+        fully_shard(net.fc, **options)
+        fully_shard(net)
+        f, z = net(x.detach(), target)
+        return f, nn.functional.cross_entropy(z, target), DiscriminativeLoss(7, 12, process_group="world").double()
+
+    net = Net()
+    f, cross_entropy, loss = features_and_loss(net)
+    with pytest.raises(TypeError, match=r"weight: expected a plain tensor, got a DTensor .*fc\.unshard\(\)"):
+        loss(f, None, target, net.fc)
+    net.fc.unshard()
+    check(net, cross_entropy + loss(f, None, target, net.fc))
+
+    net = Net()
+    f, cross_entropy, loss = features_and_loss(net)
+    fc = SimpleNamespace(weight=net.fc.weight.full_tensor(), bias=net.fc.bias.full_tensor())
+    check(net, cross_entropy + loss(f, None, target, fc))
+
+    net = Net()
+    f, cross_entropy, loss = features_and_loss(net, reshard_after_forward=False)
+    check(net, cross_entropy + loss(f, None, target, net.fc))
+
+    net = Net(DiscriminativeLoss(7, 12, process_group="world"))
+    fully_shard(net)
+    check(net, net(x.detach(), target))
+
+
+def test_sharded_classifiers(tmp_path):
+    """The error for FSDP2's weights, and that each way it names gives the gradients of the whole batch."""
+    run_ranks(sharded_classifiers, tmp_path / "store")
