@@ -33,7 +33,7 @@ def integer_labels(target: Tensor) -> Tensor:
     if target.is_floating_point() or target.dim() == 2:
         raise TypeError(
             f"target: expected labels (N,) of an integer dtype, got {target.dtype} of shape {tuple(target.shape)}; soft"
-            " labels are not supported (mixup takes two calls: docs/pytorch.md)"
+            " labels are not supported (mixup takes two calls: docs/guide.md)"
         )
     return target
 
