@@ -57,7 +57,9 @@ def _affine(fc, input: Tensor) -> None:
     if not (isinstance(getattr(fc, "weight", None), Tensor) and hasattr(fc, "bias")):
         expected = "an nn.Linear, or an object with weight (num_classes, dim) and bias (num_classes,) or None"
         raise TypeError(f"fc: expected {expected}, got {type(fc).__name__}")
-    if not isinstance(fc, nn.Module) or torch.compiler.is_compiling() or fc in _affine_modules or not len(input):
+    if not isinstance(fc, nn.Module) or fc in _affine_modules or torch.compiler.is_compiling() or transformed():
+        return
+    if input.dim() != 2 or not len(input):
         return
     if type(fc).forward is not nn.Linear.forward or "forward" in fc.__dict__:
         weight: Any = fc.weight
