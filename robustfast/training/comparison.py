@@ -48,7 +48,7 @@ def compare(
         try:
             before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # workers begin, and stay, deaf to it
             try:
-                futures = [pool.submit(_go_on, *run) for run in zip(configs, places, strict=True)]
+                futures = [pool.submit(train_or_go_on, *run) for run in zip(configs, places, strict=True)]
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
             for future in as_completed(futures):
@@ -76,7 +76,8 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _go_on(config: Config, folder: Path | None) -> dict[str, Any]:
+def train_or_go_on(config: Config, folder: Path | None) -> dict[str, Any]:
+    """The results of a run on one thread: of the one in ``folder`` where it has the same settings."""
     config = replace(config, threads=1)
     if folder is None or not files.holds_run(folder):
         return loop.train(config, folder)
