@@ -277,13 +277,11 @@ def _checkpointed() -> bool:
     return hooks is not None and hooks[0].__qualname__.startswith("_checkpoint_hook.")
 
 
-def is_static(number: float) -> bool:
-    """Whether a number has one value, rather than being a variable of a compiled graph."""
-    if not torch.compiler.is_compiling():
-        return True
+def symbolic(number: float) -> bool:
+    """While compiling: whether a number is a variable of the graph."""
     from torch.fx.experimental.symbolic_shapes import has_static_value
 
-    return has_static_value(number)
+    return not has_static_value(number)
 
 
 def readable(tensor: Tensor) -> bool:
