@@ -10,7 +10,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from robustfast.reference import Settings, readable, symbolic, transformed
+from robustfast.reference import Settings, is_static, readable, transformed
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 WAYS_TO_WHOLE = (
@@ -114,9 +114,8 @@ def loss_settings(settings: Settings, norm: int, ignore_index: int = -100) -> No
         raise ValueError(f"norm: expected 1 or 2, got {norm!r}")
     if not 0 <= settings.momentum <= 1:
         raise ValueError(f"momentum: expected a number from 0 to 1, got {settings.momentum!r}")
-    compiling = torch.compiler.is_compiling()
-    for name, value in zip(Settings._fields, settings, strict=True):
-        if not (compiling and symbolic(value)) and not math.isfinite(value):
+    for name, value in settings._asdict().items():
+        if is_static(value) and not math.isfinite(value):
             raise ValueError(f"{name}: expected a finite number, got {value!r}")
     if not isinstance(ignore_index, int) or not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index: expected an int of 64 bits, got {ignore_index!r}")

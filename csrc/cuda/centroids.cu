@@ -1,5 +1,6 @@
 // mu_c = (1/n_c) sum of a class's features and m_c = mu_c or (1 - rho) mu_c + rho m_prev_c, the state after the step,
-// and what else depends on them alone. One block per item of a row; memory-bound on the features, which it reads once.
+// and what else depends on them alone. One block per chunk of a row; memory-bound on the features, which it reads once.
+#include "cuda/boundary.cuh"
 #include "cuda/large.cuh"
 
 namespace robustfast::cuda {
@@ -7,21 +8,21 @@ namespace {
 
 constexpr int centroids_threads = 256;
 
-// sum[d] = the features' sum over the item's samples.
+// sum[d] = the features' sum over the chunk's samples.
 template <class T, int count, class Wide>
-RF_DEVICE void sum_item(const Loss<Wide>& a, const Workspace<Wide>& w, const Item& item, Wide* sum) {
+RF_DEVICE void sum_chunk(const Loss<Wide>& a, const Workspace<Wide>& w, const Chunk& chunk, Wide* sum) {
   constexpr int batch = 4;
   const Teams teams(a.dim / count, centroids_threads);
   for (int64_t first = 0; first < a.dim; first += int64_t(teams.size) * count) {
     const int64_t column = first + int64_t(teams.rank()) * count;
     Pack<Wide, count> total = {};
-    for (int32_t j = item.begin + teams.team(); j < item.end; j += batch * teams.count) {
+    for (int32_t j = chunk.begin + teams.team(); j < chunk.end; j += batch * teams.count) {
       Pack<T, count> x[batch];
       RF_UNROLL
       for (int b = 0; b < batch; ++b) {
         const int32_t at = j + b * teams.count;
-        const T* row = row_of<T>(a.input, w.rows.order[at < item.end ? at : j]);
-        x[b] = load_pack<count>(row, column, at < item.end ? a.dim : 0);
+        const T* row = a.input.template row<T>(w.groups.order[at < chunk.end ? at : j]);
+        x[b] = load_pack<count>(row, column, at < chunk.end ? a.dim : 0);
       }
       RF_UNROLL
       for (int b = 0; b < batch; ++b) {
@@ -36,44 +37,45 @@ RF_DEVICE void sum_item(const Loss<Wide>& a, const Workspace<Wide>& w, const Ite
 
 // From the sum in `mu` to the rest of the row.
 template <int norm, class Wide>
-RF_DEVICE void finish_centroid(const Loss<Wide>& a, const Workspace<Wide>& w, const Item& item, Wide* mu) {
-  const int64_t c = a.classes[item.row];
+RF_DEVICE void finish_centroid(const Loss<Wide>& a, const Workspace<Wide>& w, const Chunk& chunk, Wide* mu) {
+  const int64_t c = a.classes[chunk.row];
   const bool seen = a.seen[c];
-  Wide* center = a.center + item.row * a.dim;
-  Wide sums[3] = {0, 0, 0};  // terms of the norm, W_c . mu_c, coordinates that are not finite
+  Wide* centroid = a.centroid + chunk.row * a.dim;
+  Wide sums[3] = {0, 0, 0};  // terms of ||m_c||, W_c . mu_c, coordinates that are not finite
 #pragma unroll 1
   for (int64_t d = threadIdx.x; d < a.dim; d += centroids_threads) {
-    const Wide mean = mu[d] / Wide(item.count());
+    const Wide mean = mu[d] / Wide(chunk.count());
     const Wide blended = momentum_centroid(mean, a.centroids[c * a.dim + d], seen, a.momentum);
     mu[d] = mean;
-    center[d] = blended;
+    centroid[d] = blended;
     sums[0] += norm_term<norm>(blended);
     sums[1] += element<Wide>(a.weight, c, d) * mean;
     sums[2] += Wide(!is_finite(blended));
   }
   block_sum(sums);
-  if (a.update_state && sums[2] == Wide(0)) {
-    for (int64_t d = threadIdx.x; d < a.dim; d += centroids_threads) a.centroids[c * a.dim + d] = center[d];
+  const bool writes = a.update_state && sums[2] == Wide(0);
+  if (writes) {
+    for (int64_t d = threadIdx.x; d < a.dim; d += centroids_threads) a.centroids[c * a.dim + d] = centroid[d];
   }
   if (threadIdx.x != 0) return;
-  w.norm[item.row] = length_of<norm>(sums[0]);
-  w.gain[item.row] = momentum_tau(seen, a.momentum);
-  w.own_logit[item.row] = sums[1] + (a.bias.data ? element<Wide>(a.bias, c, 0) : Wide(0));
-  if (a.update_state && sums[2] == Wide(0)) a.seen[c] = true;
+  w.length[chunk.row] = length_of<norm>(sums[0]);
+  w.tau[chunk.row] = momentum_tau(seen, a.momentum);
+  w.search.own_logit[chunk.row] = sums[1] + (a.bias.data ? element<Wide>(a.bias, c) : Wide(0));
+  if (writes) a.seen[c] = true;
 }
 
 template <class T, int norm, int count, class Wide>
 __global__ void __launch_bounds__(centroids_threads, 3) centroids_kernel(const Loss<Wide> a, const Workspace<Wide> w) {
-  if (int64_t(blockIdx.x) >= w.rows.totals->items) return;
-  const Item item(w.rows, blockIdx.x);
-  Wide* mu = a.boundary_grad + item.row * a.dim;
-  sum_item<T, count>(a, w, item, item.parts() > 1 ? w.partial + item.place() * a.dim : mu);
-  if (item.parts() > 1) {
-    if (!last_to_arrive(w.rows.arrived + item.row, unsigned(item.parts()))) return;
-    add_parts(item, w.partial, a.dim, mu);
+  if (int64_t(blockIdx.x) >= w.groups.totals->chunks) return;
+  const Chunk chunk(w.groups, blockIdx.x);
+  Wide* mu = a.boundary_grad + chunk.row * a.dim;
+  sum_chunk<T, count>(a, w, chunk, chunk.of_row() > 1 ? w.partial + chunk.place() * a.dim : mu);
+  if (chunk.of_row() > 1) {
+    if (!last_to_arrive(w.groups.arrived + chunk.row, unsigned(chunk.of_row()))) return;
+    add_chunks(chunk, w.partial, a.dim, mu);
   }
   __syncthreads();
-  finish_centroid<norm>(a, w, item, mu);
+  finish_centroid<norm>(a, w, chunk, mu);
 }
 
 }  // namespace
@@ -84,8 +86,8 @@ cudaError_t centroids(const Loss<Wide>& a, const Workspace<Wide>& w, Dtype featu
   return for_loss<Wide>(features, norm, [&](auto feature, auto p) {
     using T = decltype(feature);
     return for_packs<T>(whole_packs(a.input, a.dim, sizeof(T)), [&](auto count) {
-      return launch(centroids_kernel<T, p(), count(), Wide>, unsigned(w.rows.max_items()), centroids_threads, 0, stream,
-                    a, w);
+      return launch(centroids_kernel<T, p(), count(), Wide>, unsigned(w.groups.max_chunks()), centroids_threads, 0,
+                    stream, a, w);
     });
   });
 }

@@ -112,6 +112,18 @@ RF_DEVICE void recompute_from(T& value) {
   }
 }
 
+// x / sqrt(square) for a square in the middle of float's range, without the branches of root and quotient; exact where
+// the root and the result are numbers of float.
+RF_DEVICE float over_root(float x, float square) {
+  float inverse;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(square));
+  const float rough = square * inverse, root = fused(fused(-rough, rough, square), 0.5f * inverse, rough);
+  inverse = fused(fused(-root, inverse, 1.0f), inverse, inverse);
+  const float quotient = x * inverse;
+  return fabsf(quotient) < INFINITY ? fused(fused(-root, quotient, x), inverse, quotient) : quotient;
+}
+RF_DEVICE double over_root(double x, double square) { return x / sqrt(square); }
+
 // Two bfloat16, rounded to nearest even, in one word.
 RF_DEVICE uint32_t pack_bfloat16(float low, float high) {
   uint32_t word;

@@ -1,5 +1,6 @@
 // What is left once distances and candidates for the margin are known: the margin itself, from the two rows of W that
 // won, and all that a row gives to terms and gradients. One block per row.
+#include "cuda/boundary.cuh"
 #include "cuda/large.cuh"
 
 namespace robustfast::cuda {
@@ -7,109 +8,94 @@ namespace {
 
 constexpr int finish_threads = 256;
 
-// A row's sums from those of its items, in order: squared hinges, and in center_grad what pulls give to m_c.
+// A row's sums from those of its chunks, in order: squared hinges, and in mu_grad the sum of pulls.
 template <class Wide>
-RF_DEVICE void add_items(const Loss<Wide>& a, const Workspace<Wide>& w, int64_t row, Wide (&squares)[2]) {
-  const int64_t first = w.rows.row_item[row], items = w.rows.row_item[row + 1] - first;
-  for (int64_t index = first; index < first + items; ++index) {
+RF_DEVICE void gather_chunks(const Loss<Wide>& a, const Workspace<Wide>& w, int64_t row, Wide (&squares)[2]) {
+  const int64_t first = w.groups.first_chunk[row], chunks = w.groups.first_chunk[row + 1] - first;
+  for (int64_t index = first; index < first + chunks; ++index) {
     squares[0] += w.squares[2 * index];
     squares[1] += w.squares[2 * index + 1];
   }
-  if (items > 1) add_parts(Item(w.rows, first), w.partial, a.dim, a.center_grad + row * a.dim);
+  if (chunks > 1) add_chunks(Chunk(w.groups, first), w.partial, a.dim, a.mu_grad + row * a.dim);
 }
 
-// The best class over all splits, -1 if there is no boundary; called by a whole warp.
+// The boundary of a row with its winner, computed directly from the two rows of W. All threads of the block call it.
 template <class Wide>
-RF_DEVICE int32_t merge_best(const Workspace<Wide>& w, int64_t num_classes, int64_t row) {
-  const MarginSplit<Wide> split(w.rows.totals->rows, num_classes, w.margin_blocks);
-  Best<Wide> best = Best<Wide>::none();
-  for (int64_t s = lane_id(); s < split.splits; s += 32) {
-    best.consider(w.best_score[split.place(s, row)], w.best_index[split.place(s, row)]);
-  }
-  for (int mask = 16; mask > 0; mask /= 2) consider_lane(best, mask);
-  return best.score == Wide(-INFINITY) ? -1 : best.winner;
-}
-
-// The margin of a row of class c with batch centroid `mu`: its winner, and the boundary computed directly from the two
-// rows of W. All threads of the block call it.
-template <class Wide>
-RF_DEVICE Boundary<Wide> settle_margin(const Loss<Wide>& a, const Workspace<Wide>& w, int64_t row, int64_t c,
-                                       const Wide* mu, int32_t& winner) {
-  __shared__ int32_t best;
-  if (warp_id() == 0) {
-    const int32_t merged = merge_best(w, a.num_classes, row);
-    if (lane_id() == 0) best = merged;
-  }
-  __syncthreads();
-  winner = best;
-  Wide sums[2] = {0, 0};  // (W_w - W_c) . mu_c, ||W_w - W_c||^2
-  if (winner >= 0) {
+RF_DEVICE Boundary<Wide> settle_boundary(const Loss<Wide>& a, int64_t winner, int64_t c, const Wide* mu,
+                                         Wide beta_share) {
+  const bool exists = winner >= 0;
+  const Wide bias = exists && a.bias.data ? element<Wide>(a.bias, winner) - element<Wide>(a.bias, c) : Wide(0);
+  const Pair<Wide> pair(bias, [&](Wide times, Wide& logit, Wide& square) {
+    Wide sums[2] = {0, 0};
+    if (exists) {
 #pragma unroll 1
-    for (int64_t d = threadIdx.x; d < a.dim; d += blockDim.x) {
-      const Wide normal = element<Wide>(a.weight, winner, d) - element<Wide>(a.weight, c, d);
-      sums[0] += normal * mu[d];
-      sums[1] += normal * normal;
+      for (int64_t d = threadIdx.x; d < a.dim; d += finish_threads) {
+        const Wide normal = element<Wide>(a.weight, winner, d) - element<Wide>(a.weight, c, d), scaled = normal * times;
+        sums[0] += normal * mu[d];
+        sums[1] += scaled * scaled;
+      }
     }
-  }
-  block_sum(sums);
-  if (a.bias.data && winner >= 0) sums[0] += element<Wide>(a.bias, winner, 0) - element<Wide>(a.bias, c, 0);
-  const Wide share = a.beta / Wide(w.rows.totals->rows);
-  return Boundary<Wide>(sums[0], sums[1], winner >= 0, a.delta_dist, share);
+    block_sum(sums);
+    logit = sums[0], square = sums[1];
+  });
+  return Boundary<Wide>(pair, exists, a.delta_dist, beta_share);
 }
 
-// The margin of a row and its gradients; `sum` becomes center_grad, mu boundary_grad.
+// The margin of a row and its gradients; `pull_sum` becomes mu_grad, mu boundary_grad.
 template <int norm, class Wide>
 RF_DEVICE void finish_row(const Loss<Wide>& a, const Workspace<Wide>& w, int64_t row, Wide (&squares)[2]) {
   const int64_t c = a.classes[row];
-  Wide *sum = a.center_grad + row * a.dim, *mu = a.boundary_grad + row * a.dim;
-  const Wide* center = a.center + row * a.dim;
-  int32_t winner;
-  const Boundary<Wide> boundary = settle_margin(a, w, row, c, mu, winner);
+  Wide *pull_sum = a.mu_grad + row * a.dim, *mu = a.boundary_grad + row * a.dim;
+  const Wide* centroid = a.centroid + row * a.dim;
+  const Wide present = Wide(w.groups.totals->present);
+  int32_t winner = w.search.winner[row];
+  const Boundary<Wide> boundary = settle_boundary(a, winner, c, mu, a.beta / present);
   if (!boundary.active()) winner = -1;
-  const Wide count = Wide(w.rows.begin[row + 1] - w.rows.begin[row]), gain = w.gain[row];
-  const Wide pull_to_zero = a.gamma / Wide(w.rows.totals->rows) * inverse_length<norm>(w.norm[row]);
+  const Wide count = Wide(w.groups.begin[row + 1] - w.groups.begin[row]), tau = w.tau[row];
+  const Wide to_zero = a.gamma / present * inverse_length<norm>(w.length[row]);
 #pragma unroll 1
   for (int64_t d = threadIdx.x; d < a.dim; d += finish_threads) {
-    Wide to_centroid = gain * (sum[d] + pull_to_zero * direction<norm>(center[d])), to_weight = 0;
+    Wide mu_grad = tau * (to_zero * direction<norm>(centroid[d]) - pull_sum[d]), boundary_grad = 0;
     if (winner >= 0) {
       const Wide normal = element<Wide>(a.weight, winner, d) - element<Wide>(a.weight, c, d);
-      to_centroid += boundary.to_centroid(normal);
-      to_weight = boundary.to_weight(normal, mu[d]);
+      mu_grad += boundary.mu_grad(normal);
+      boundary_grad = boundary.boundary_grad(normal, mu[d]);
     }
-    sum[d] = to_centroid / count;
-    mu[d] = to_weight;
+    pull_sum[d] = mu_grad / count;
+    mu[d] = boundary_grad;
   }
+  __syncthreads();  // all threads have read the winner of the search
   if (threadIdx.x != 0) return;
   a.winner[row] = winner;
-  a.boundary_bias[row] = boundary.to_bias();
-  const Wide terms[4] = {squares[0] / count, squares[1] / count, boundary.margin, w.norm[row]};
+  a.boundary_bias[row] = boundary.boundary_bias();
+  const Wide terms[4] = {squares[0] / count, squares[1] / count, boundary.margin, w.length[row]};
   RF_UNROLL
-  for (int term = 0; term < 4; ++term) w.row_terms[term * a.capacity + row] = terms[term];
+  for (int term = 0; term < 4; ++term) w.row_terms[term * a.rows + row] = terms[term];
 }
 
 template <class Wide>
 RF_DEVICE void sum_rows(const Loss<Wide>& a, const Workspace<Wide>& w) {
-  const int32_t rows = w.rows.totals->rows;
+  const int32_t present = w.groups.totals->present;
   Wide sum[4] = {0, 0, 0, 0};
   RF_UNROLL
   for (int term = 0; term < 4; ++term) {
-    for (int32_t row = int32_t(threadIdx.x); row < rows; row += finish_threads) {
-      sum[term] += w.row_terms[term * a.capacity + row];
+    for (int32_t row = int32_t(threadIdx.x); row < present; row += finish_threads) {
+      sum[term] += w.row_terms[term * a.rows + row];
     }
   }
   block_sum(sum);
-  if (threadIdx.x == 0) write_terms(a, rows, sum);
+  if (threadIdx.x == 0) a.write_terms(present, sum);
 }
 
 template <int norm, class Wide>
 __global__ void __launch_bounds__(finish_threads) finish_kernel(const Loss<Wide> a, const Workspace<Wide> w) {
-  const int32_t rows = w.rows.totals->rows;
-  if (rows == 0 && blockIdx.x == 0) return sum_rows(a, w);
-  if (int64_t(blockIdx.x) >= rows) return;
+  const int32_t present = w.groups.totals->present;
+  if (present == 0 && blockIdx.x == 0) return sum_rows(a, w);
+  if (int64_t(blockIdx.x) >= present) return;
   Wide squares[2] = {0, 0};
-  add_items(a, w, blockIdx.x, squares);
+  gather_chunks(a, w, blockIdx.x, squares);
   finish_row<norm>(a, w, blockIdx.x, squares);
-  if (last_to_arrive(w.rows.finished, unsigned(rows))) sum_rows(a, w);
+  if (last_to_arrive(w.groups.finished, unsigned(present))) sum_rows(a, w);
 }
 
 }  // namespace
@@ -117,7 +103,7 @@ __global__ void __launch_bounds__(finish_threads) finish_kernel(const Loss<Wide>
 template <class Wide>
 cudaError_t finish(const Loss<Wide>& a, const Workspace<Wide>& w, int64_t norm, cudaStream_t stream) {
   const auto kernel = norm == 1 ? finish_kernel<1, Wide> : finish_kernel<2, Wide>;
-  return launch(kernel, unsigned(a.capacity), finish_threads, 0, stream, a, w);
+  return launch(kernel, unsigned(a.rows), finish_threads, 0, stream, a, w);
 }
 template cudaError_t finish(const Loss<float>&, const Workspace<float>&, int64_t, cudaStream_t);
 template cudaError_t finish(const Loss<double>&, const Workspace<double>&, int64_t, cudaStream_t);

@@ -1,15 +1,10 @@
 // The loss and its backward as a whole: which kernels run, and the memory that they share.
 #include "cuda/large.cuh"
 #include "cuda/small.cuh"
+#include "cuda/sort.cuh"
 
 namespace robustfast::cuda {
 namespace {
-
-int multiprocessors() {
-  int device = 0, count = 1;
-  if (cudaGetDevice(&device) == cudaSuccess) cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
-}
 
 // Rows are cut where a block would otherwise work longer than others on one.
 int32_t chunk_size(int64_t n) { return n <= 1 << 16 ? 64 : 256; }
@@ -19,22 +14,23 @@ template <class Wide>
 __global__ void __launch_bounds__(group_threads, 1)
     prepare_kernel(const Loss<Wide> a, const Workspace<Wide> w, bool sorts) {
   if (sorts && blockIdx.x == 0) {
-    group_in_block(SampleClasses{a.target, a.num_classes, a.ignore_index}, w.rows);
+    group_in_block(SampleClasses{a.target, a.num_classes, a.ignore_index}, w.groups);
   } else {
-    const int64_t block = int64_t(blockIdx.x) - sorts, warps = group_threads / 32;
-    squared_norms(a.weight, a.num_classes, a.dim, block * warps + warp_id(), (gridDim.x - sorts) * warps, w.square);
+    const int64_t block = int64_t(blockIdx.x) - sorts, blocks = gridDim.x - sorts, warps = group_threads / 32;
+    w.search.clear_arrivals(block * group_threads + threadIdx.x, blocks * group_threads);
+    squared_norms(w.search, block * warps + warp_id(), blocks * warps);
   }
 }
 
 template <class Wide>
 cudaError_t prepare(const Loss<Wide>& a, const Workspace<Wide>& w, void* sort, cudaStream_t stream) {
   const bool sorts = a.n <= group_tile;
-  const int64_t warps = group_threads / 32, most = 2 * multiprocessors();
+  const int64_t warps = group_threads / 32, most = 2 * w.search.blocks;
   const int64_t blocks = (a.num_classes + warps - 1) / warps;
   const cudaError_t error = launch(prepare_kernel<Wide>, unsigned((blocks < most ? blocks : most) + sorts),
                                    group_threads, sorts ? group_shared : 0, stream, a, w, sorts);
   if (sorts || error != cudaSuccess) return error;
-  return group_samples(SampleClasses{a.target, a.num_classes, a.ignore_index}, w.rows, sort, stream);
+  return group_samples(SampleClasses{a.target, a.num_classes, a.ignore_index}, w.groups, sort, stream);
 }
 
 // A small problem's backward looks at every row for every class.
@@ -43,8 +39,16 @@ bool small_backward(const LossBackwardParams& p) {
   return rows * p.num_classes * (p.dim + 1) <= 1 << 20 && p.n * p.dim <= 1 << 17;
 }
 
-size_t size_of(Dtype floating) { return floating == Dtype::float64 ? 8 : floating == Dtype::float32 ? 4 : 2; }
+size_t size_of(Dtype floating) {
+  return visit(floating, [](auto zero) { return sizeof(zero); });
+}
 size_t wide_size(Dtype features) { return features == Dtype::float64 ? 8 : 4; }
+
+// Throws where a kernel would meet a dtype that it does not know.
+void check_dtypes(const LossParams& p) {
+  for (Dtype dtype : {p.input.dtype, p.input_noise.dtype, p.weight.dtype, p.bias.dtype}) size_of(dtype);
+  visit_label(p.target.dtype, [](auto) {});
+}
 
 template <class Wide>
 cudaError_t large_loss(const LossParams& p, void* scratch, cudaStream_t stream) {
@@ -55,7 +59,7 @@ cudaError_t large_loss(const LossParams& p, void* scratch, cudaStream_t stream) 
   void* const sort = arena.take<unsigned char>(int64_t(sort_scratch(a.n)));
   cudaError_t error = prepare(a, w, sort, stream);
   if (error == cudaSuccess) error = centroids(a, w, p.input.dtype, p.norm, stream);
-  if (error == cudaSuccess) error = margin(a, w, stream);
+  if (error == cudaSuccess) error = margin_search(w.search, stream);
   if (error == cudaSuccess) error = variance(a, w, p.input.dtype, p.norm, stream);
   if (error == cudaSuccess) error = finish(a, w, p.norm, stream);
   return error;
@@ -65,14 +69,14 @@ template <class Wide>
 cudaError_t large_backward(const LossBackwardParams& p, void* scratch, cudaStream_t stream) {
   const LossGrads<Wide> a(p);
   cudaError_t error = cudaSuccess;
-  if (p.grad_input || p.grad_input_noise) error = variance_backward(a, p.input.dtype, p.norm, stream);
+  if (a.wants_features()) error = variance_backward(a, p.input.dtype, p.norm, stream);
   const auto clear = [&](const Output& grad, int64_t elements) {
     if (error != cudaSuccess || !grad.data) return;
     error = cudaMemsetAsync(grad.data, 0, size_t(elements) * size_of(grad.dtype), stream);
   };
   clear(p.grad_weight, p.num_classes * p.dim);
   clear(p.grad_bias, p.num_classes);
-  if (error != cudaSuccess || p.n == 0 || !(p.grad_weight.data || p.grad_bias.data)) return error;
+  if (error != cudaSuccess || p.n == 0 || !a.wants_classifier()) return error;
   return margin_backward(a, scratch, stream);
 }
 
@@ -80,26 +84,24 @@ cudaError_t large_backward(const LossBackwardParams& p, void* scratch, cudaStrea
 
 template <class Wide>
 void Workspace<Wide>::place(Arena& arena, const Loss<Wide>& a) {
-  rows = {.n = a.n,
-          .capacity = a.capacity,
-          .num_classes = a.num_classes,
-          .chunk = chunk_size(a.n),
-          .classes = a.classes,
-          .slot = a.slot,
-          .winner = a.winner};
-  rows.place(arena);
-  margin_blocks = multiprocessors();
-  const int64_t places = 2 * (a.n / rows.chunk + 1), tile = MarginTile<Wide>::rows;
-  const int64_t bests = (margin_blocks + (a.capacity + tile - 1) / tile) * tile;
-  partial = arena.take<Wide>(places * a.dim);
-  squares = arena.take<Wide>(2 * rows.max_items());
-  norm = arena.take<Wide>(a.capacity);
-  gain = arena.take<Wide>(a.capacity);
-  own_logit = arena.take<Wide>(a.capacity);
-  square = arena.take<Wide>(a.num_classes);
-  best_score = arena.take<Wide>(bests);
-  best_index = arena.take<int32_t>(bests);
-  row_terms = arena.take<Wide>(4 * a.capacity);
+  groups = {.n = a.n,
+            .rows = a.rows,
+            .num_classes = a.num_classes,
+            .chunk_size = chunk_size(a.n),
+            .classes = a.classes,
+            .slot = a.slot,
+            .winner = a.winner};
+  groups.place(arena);
+  search.weight = a.weight, search.bias = a.bias, search.mu = a.boundary_grad;
+  search.classes = a.classes, search.present = &groups.totals->present;
+  search.dim = a.dim, search.num_classes = a.num_classes, search.rows = a.rows;
+  search.winner = a.winner;
+  search.place(arena);
+  partial = arena.take<Wide>(2 * (a.n / groups.chunk_size + 1) * a.dim);
+  squares = arena.take<Wide>(2 * groups.max_chunks());
+  length = arena.take<Wide>(a.rows);
+  tau = arena.take<Wide>(a.rows);
+  row_terms = arena.take<Wide>(4 * a.rows);
 }
 
 size_t discriminative_loss_scratch(const LossParams& p) {
@@ -113,6 +115,7 @@ size_t discriminative_loss_scratch(const LossParams& p) {
 }
 
 cudaError_t discriminative_loss(const LossParams& p, void* scratch, cudaStream_t stream) {
+  check_dtypes(p);
   if (p.n > INT32_MAX || p.num_classes >= INT32_MAX) return cudaErrorInvalidValue;
   if (p.n == 0) {
     const cudaError_t error = cudaMemsetAsync(p.loss, 0, wide_size(p.input.dtype), stream);

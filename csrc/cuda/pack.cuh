@@ -1,7 +1,9 @@
 // A thread's share of a row: neighbouring elements, in 16-byte accesses where the row allows them.
 #pragma once
 
-#include "cuda/loss.cuh"
+#include "cuda/arguments.cuh"
+#include "cuda/block.cuh"
+#include "cuda/dispatch.cuh"
 
 namespace robustfast::cuda {
 

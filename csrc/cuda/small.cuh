@@ -1,7 +1,7 @@
 // The whole loss in one block, for problems where launches cost more than the work; the rest of the launchers ask fits.
 #pragma once
 
-#include "cuda/loss.cuh"
+#include "cuda/kernels.h"
 
 namespace robustfast::cuda {
 

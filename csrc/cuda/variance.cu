@@ -1,6 +1,7 @@
-// Compactness and alignment: distances, pulls and their sums, and the backward. One block per item of a row;
+// Compactness and alignment: distances, pulls and their sums, and the backward. One block per chunk of a row;
 // memory-bound on the features. Items run from the last to the first, because centroids ran from the first to the last:
 // the features that it read at its end may still be in the L2.
+#include "cuda/boundary.cuh"
 #include "cuda/large.cuh"
 #include "cuda/variance_backward.cuh"
 
@@ -14,11 +15,11 @@ constexpr int variance_batch = 4;  // samples that a team has in flight, from ea
 struct Batch {
   int32_t sample[variance_batch];  // -1: none
 
-  RF_DEVICE Batch(const Rows& rows, const Item& item, const Teams& teams, int32_t first) {
+  RF_DEVICE Batch(const Groups& groups, const Chunk& chunk, const Teams& teams, int32_t first) {
     RF_UNROLL
     for (int b = 0; b < variance_batch; ++b) {
       const int32_t at = first + b * teams.count + teams.team();
-      sample[b] = at < item.end ? rows.order[at] : -1;
+      sample[b] = at < chunk.end ? groups.order[at] : -1;
     }
   }
 };
@@ -35,8 +36,8 @@ struct Views {
       const Matrix& features = view == 0 ? a.input : a.input_noise;
       RF_UNROLL
       for (int b = 0; b < variance_batch; ++b) {
-        const bool there = batch.sample[b] >= 0 && features.data;
-        const T* row = there ? row_of<T>(features, batch.sample[b]) : nullptr;
+        const bool there = batch.sample[b] >= 0 && (view == 0 || a.has_noise);
+        const T* row = there ? features.row<T>(batch.sample[b]) : nullptr;
         value[view][b] = load_pack<count>(row, column, there ? a.dim : 0);
       }
     }
@@ -50,28 +51,28 @@ struct Views {
   }
 
   template <int norm, class Wide>
-  RF_DEVICE void add_lengths(const Pack<Wide, count>& center, Wide (&length)[2 * variance_batch]) const {
+  RF_DEVICE void add_lengths(const Pack<Wide, count>& centroid, Wide (&length)[2 * variance_batch]) const {
     RF_UNROLL
     for (int e = 0; e < 2 * variance_batch; ++e) {
       RF_UNROLL
       for (int k = 0; k < count; ++k) {
         length[e] +=
-            norm_term<norm>(Wide(to_float(value[e / variance_batch][e % variance_batch].value[k])) - center.value[k]);
+            norm_term<norm>(Wide(to_float(value[e / variance_batch][e % variance_batch].value[k])) - centroid.value[k]);
       }
     }
   }
 
-  // total -= pull direction(x - m_c), for the samples that there are.
+  // total += pull direction(x - m_c), for the samples that there are.
   template <int norm, class Wide>
-  RF_DEVICE void subtract_pulls(const Pack<Wide, count>& center, const Wide (&pulls)[2 * variance_batch],
-                                Pack<Wide, count>& total) const {
+  RF_DEVICE void add_pulls(const Pack<Wide, count>& centroid, const Wide (&pulls)[2 * variance_batch],
+                           Pack<Wide, count>& total) const {
     RF_UNROLL
     for (int e = 0; e < 2 * variance_batch; ++e) {
       if (pulls[e] == Wide(0)) continue;
       RF_UNROLL
       for (int k = 0; k < count; ++k) {
         const Wide x = to_float(value[e / variance_batch][e % variance_batch].value[k]);
-        total.value[k] -= pulls[e] * direction<norm>(x - center.value[k]);
+        total.value[k] += pulls[e] * direction<norm>(x - centroid.value[k]);
       }
     }
   }
@@ -80,7 +81,7 @@ struct Views {
 // The sums in `value` become pulls, which are written; adds the squared hinges to `squares`. Eight neighbours in a team
 // have the same eight sums: each takes one and tells the others, since roots and quotients cost more than that.
 template <int norm, class Wide>
-RF_DEVICE void settle_pulls(const Loss<Wide>& a, const Batch& batch, const Teams& teams, Wide weight,
+RF_DEVICE void settle_pulls(const Loss<Wide>& a, const Batch& batch, const Teams& teams, Wide share,
                             Wide (&value)[2 * variance_batch], Wide (&squares)[2]) {
   constexpr int all = 2 * variance_batch;
   const int own = teams.rank() % all, view = own / variance_batch;
@@ -91,8 +92,8 @@ RF_DEVICE void settle_pulls(const Loss<Wide>& a, const Batch& batch, const Teams
     if (e == own) mine = value[e], i = batch.sample[e % variance_batch];
   }
   const Wide length = length_of<norm>(mine), excess = hinge(length - a.delta_var);
-  const bool there = i >= 0 && (view == 0 ? a.input : a.input_noise).data;
-  mine = there ? pull<norm>(length, a.delta_var, weight) : Wide(0);
+  const bool there = i >= 0 && (view == 0 || a.has_noise);
+  mine = there ? pull<norm>(length, a.delta_var, share) : Wide(0);
   if (there && teams.rank() < all) {
     a.pull[view * a.n + i] = mine;
     squares[0] += view == 0 ? excess * excess : Wide(0);
@@ -102,47 +103,48 @@ RF_DEVICE void settle_pulls(const Loss<Wide>& a, const Batch& batch, const Teams
   for (int e = 0; e < all; ++e) value[e] = __shfl_sync(all_lanes, mine, lane_id() - own + e);
 }
 
-// sum = -(sum of pull direction(x - m_c)) over the item, squares = sums of squared hinges (of this thread's samples).
+// pull_sum = the sum of pull direction(x - m_c) over the chunk, squares = sums of squared hinges (of this thread's
+// samples).
 // `single`: a row is one pack of each thread of a team, so that it is read once.
 template <class T, int norm, int count, bool single, class Wide>
-RF_DEVICE void pull_item(const Loss<Wide>& a, const Workspace<Wide>& w, const Item& item, Wide* sum,
-                         Wide (&squares)[2]) {
+RF_DEVICE void pull_chunk(const Loss<Wide>& a, const Workspace<Wide>& w, const Chunk& chunk, Wide* pull_sum,
+                          Wide (&squares)[2]) {
   const Teams teams(a.dim / count, variance_threads);
   const int64_t own_column = int64_t(teams.rank()) * count, step = int64_t(teams.size) * count;
-  const Wide* center_row = a.center + item.row * a.dim;
-  const auto center_at = [&](int64_t column) { return load_pack<count>(center_row, column, a.dim); };
-  const Wide weight = a.share() / (Wide(w.rows.totals->rows) * Wide(item.count()));
+  const Wide* centroid_row = a.centroid + chunk.row * a.dim;
+  const auto centroid_at = [&](int64_t column) { return load_pack<count>(centroid_row, column, a.dim); };
+  const Wide share = a.view_weight() / (Wide(w.groups.totals->present) * Wide(chunk.count()));
   Pack<Wide, count> total = {};
-  for (int32_t first = item.begin; first < item.end; first += variance_batch * teams.count) {
-    const Batch batch(w.rows, item, teams, first);
+  for (int32_t first = chunk.begin; first < chunk.end; first += variance_batch * teams.count) {
+    const Batch batch(w.groups, chunk, teams, first);
     Wide value[2 * variance_batch] = {};
     if constexpr (single) {
-      const Pack<Wide, count> center = center_at(own_column);
+      const Pack<Wide, count> centroid = centroid_at(own_column);
       Views<T, count> views(a, batch, own_column);
-      views.template add_lengths<norm>(center, value);
+      views.template add_lengths<norm>(centroid, value);
       teams.sum(value);
-      settle_pulls<norm>(a, batch, teams, weight, value, squares);
+      settle_pulls<norm>(a, batch, teams, share, value, squares);
       views.recompute();
-      views.template subtract_pulls<norm>(center, value, total);
+      views.template add_pulls<norm>(centroid, value, total);
     } else {
 #pragma unroll 1
       for (int64_t column = own_column; column < a.dim; column += step) {
-        Views<T, count>(a, batch, column).template add_lengths<norm>(center_at(column), value);
+        Views<T, count>(a, batch, column).template add_lengths<norm>(centroid_at(column), value);
       }
       teams.sum(value);
-      settle_pulls<norm>(a, batch, teams, weight, value, squares);
+      settle_pulls<norm>(a, batch, teams, share, value, squares);
 #pragma unroll 1
       for (int64_t column = own_column; column < a.dim; column += step) {  // one team: nobody else has this column
         Pack<Wide, count> so_far = {};
-        if (first != item.begin) so_far = load_pack<count>(sum, column, a.dim);
-        Views<T, count>(a, batch, column).template subtract_pulls<norm>(center_at(column), value, so_far);
-        store_pack<Reuse::soon>(sum, column, a.dim, so_far);
+        if (first != chunk.begin) so_far = load_pack<count>(pull_sum, column, a.dim);
+        Views<T, count>(a, batch, column).template add_pulls<norm>(centroid_at(column), value, so_far);
+        store_pack<Reuse::soon>(pull_sum, column, a.dim, so_far);
       }
     }
   }
   if constexpr (single) {
     teams.sum_across<variance_threads>(total);
-    if (teams.team() == 0) store_pack<Reuse::soon>(sum, own_column, a.dim, total);
+    if (teams.team() == 0) store_pack<Reuse::soon>(pull_sum, own_column, a.dim, total);
   }
   block_sum(squares);
 }
@@ -150,13 +152,13 @@ RF_DEVICE void pull_item(const Loss<Wide>& a, const Workspace<Wide>& w, const It
 template <class T, int norm, int count, bool single, class Wide>
 __global__ void __launch_bounds__(variance_threads, single || count < 8 ? 2 : 1)
     variance_kernel(const Loss<Wide> a, const Workspace<Wide> w) {
-  const int64_t index = int64_t(w.rows.totals->items) - 1 - blockIdx.x;
+  const int64_t index = int64_t(w.groups.totals->chunks) - 1 - blockIdx.x;
   if (index < 0) return;
-  const Item item(w.rows, index);
-  const bool whole = item.parts() == 1;
+  const Chunk chunk(w.groups, index);
+  const bool whole = chunk.of_row() == 1;
   Wide squares[2] = {0, 0};
-  pull_item<T, norm, count, single>(
-      a, w, item, whole ? a.center_grad + item.row * a.dim : w.partial + item.place() * a.dim, squares);
+  pull_chunk<T, norm, count, single>(
+      a, w, chunk, whole ? a.mu_grad + chunk.row * a.dim : w.partial + chunk.place() * a.dim, squares);
   if (threadIdx.x != 0) return;
   w.squares[2 * index] = squares[0];
   w.squares[2 * index + 1] = squares[1];
@@ -178,7 +180,7 @@ cudaError_t variance(const Loss<Wide>& a, const Workspace<Wide>& w, Dtype featur
       const bool single = a.dim <= variance_threads * count();
       const auto kernel =
           single ? variance_kernel<T, p(), count(), true, Wide> : variance_kernel<T, p(), count(), false, Wide>;
-      return launch(kernel, unsigned(w.rows.max_items()), variance_threads, 0, stream, a, w);
+      return launch(kernel, unsigned(w.groups.max_chunks()), variance_threads, 0, stream, a, w);
     });
   });
 }

@@ -1,5 +1,5 @@
 // The gradients of the features, one streaming pass:
-//   df_i = grad_loss (pull_0i direction(f_i - m_c) + center_grad_c),  dg_i = grad_loss pull_1i direction(g_i - m_c)
+//   df_i = grad_loss (pull_0i direction(f_i - m_c) + mu_grad_c),  dg_i = grad_loss pull_1i direction(g_i - m_c)
 #pragma once
 
 #include "cuda/pack.cuh"
@@ -12,19 +12,19 @@ template <class T, int norm, int count, class Wide>
 RF_DEVICE void sample_gradient(const LossGrads<Wide>& a, Wide grad_loss, int64_t i, int64_t column) {
   const int64_t row = a.slot[i];
   Pack<T, count> view[2];
-  Pack<Wide, count> center, shared;
-  Wide factor[2] = {0, 0};
+  Pack<Wide, count> centroid, mu_grad;
+  Wide pull[2] = {0, 0};
   void* const grads[2] = {a.grad_input, a.grad_input_noise};
   if (row >= 0) {
     RF_UNROLL
     for (int v = 0; v < 2; ++v) {
       const Matrix& features = v == 0 ? a.input : a.input_noise;
       if (!grads[v]) continue;
-      view[v] = load_pack<count>(row_of<T>(features, i), column, a.dim);
-      factor[v] = grad_loss * a.pull[v * a.n + i];
+      view[v] = load_pack<count>(features.row<T>(i), column, a.dim);
+      pull[v] = grad_loss * a.pull[v * a.n + i];
     }
-    center = load_pack<count>(a.center + row * a.dim, column, a.dim);
-    shared = load_pack<count>(a.center_grad + row * a.dim, column, a.dim);
+    centroid = load_pack<count>(a.centroid + row * a.dim, column, a.dim);
+    mu_grad = load_pack<count>(a.mu_grad + row * a.dim, column, a.dim);
   }
   RF_UNROLL
   for (int v = 0; v < 2; ++v) {
@@ -34,8 +34,8 @@ RF_DEVICE void sample_gradient(const LossGrads<Wide>& a, Wide grad_loss, int64_t
     for (int k = 0; k < count; ++k) {
       Wide value = 0;
       if (row >= 0) {
-        value = factor[v] * direction<norm>(Wide(to_float(view[v].value[k])) - center.value[k]);
-        if (v == 0) value += grad_loss * shared.value[k];
+        value = pull[v] * direction<norm>(Wide(to_float(view[v].value[k])) - centroid.value[k]);
+        if (v == 0) value += grad_loss * mu_grad.value[k];
       }
       grad.value[k] = from_float<T>(value);
     }

@@ -5,8 +5,8 @@
 #include <cmath>
 #include <tuple>
 
-#include "emulation.h"
 #include "common/half.h"
+#include "emulation.h"
 
 #define RF_DEVICE inline
 #define RF_UNROLL
@@ -66,6 +66,17 @@ template <class F>
 RF_DEVICE F reciprocal(F x) {
   return 1 / x;
 }
+
+// The device's sequence, from an inverse root that is off by two units in the last place.
+RF_DEVICE float over_root(float x, float square) {
+  float inverse = 1 / std::sqrt(square);
+  inverse = wrong_by(inverse, 0x1p-22f * inverse);
+  const float rough = square * inverse, root = fused(fused(-rough, rough, square), 0.5f * inverse, rough);
+  inverse = fused(fused(-root, inverse, 1.0f), inverse, inverse);
+  const float quotient = x * inverse;
+  return std::abs(quotient) < INFINITY ? fused(fused(-root, quotient, x), inverse, quotient) : quotient;
+}
+RF_DEVICE double over_root(double x, double square) { return x / std::sqrt(square); }
 
 RF_DEVICE float float_of_byte(uint32_t word, int at) { return 0x1p23f + float(word >> 8 * at & 0xff); }
 

@@ -1,5 +1,5 @@
-// The sort of rows.cuh for any number of entries: count the digits of each tile, scan the counts, move the entries.
-#include "cuda/rows.cuh"
+// The sort for any number of entries: count the digits of each tile, scan the counts, move the entries.
+#include "cuda/sort.cuh"
 
 namespace robustfast::cuda {
 namespace {
@@ -10,16 +10,16 @@ RF_DEVICE int tile_count(int64_t n) {
 }
 
 template <class Classes>
-__global__ void __launch_bounds__(group_threads, 1) group_in_block_kernel(const Classes classes, const Rows rows) {
-  group_in_block(classes, rows);
+__global__ void __launch_bounds__(group_threads, 1) group_in_block_kernel(const Classes classes, const Groups groups) {
+  group_in_block(classes, groups);
 }
 
 template <class Classes>
 __global__ void __launch_bounds__(group_threads, 1)
-    keys_kernel(const Classes classes, const Rows rows, uint32_t* keys, int32_t* order) {
+    keys_kernel(const Classes classes, const Groups groups, uint32_t* keys, int32_t* order) {
   const int64_t t = int64_t(blockIdx.x) * group_threads + threadIdx.x, threads = int64_t(gridDim.x) * group_threads;
-  clear_rows(rows, t, threads);
-  for (int64_t i = t; i < rows.n; i += threads) {
+  clear_rows(groups, t, threads);
+  for (int64_t i = t; i < groups.n; i += threads) {
     keys[i] = classes(i);
     order[i] = int32_t(i);
   }
@@ -72,18 +72,19 @@ __global__ void __launch_bounds__(group_threads, 1)
 }
 
 __global__ void __launch_bounds__(group_threads, 1)
-    heads_kernel(const uint32_t* keys, const Rows rows, uint64_t* heads) {
+    heads_kernel(const uint32_t* keys, const Groups groups, uint64_t* heads) {
   uint64_t mine = 0, total;
-  for (int e = int(threadIdx.x); e < tile_count(rows.n); e += group_threads) {
-    mine += heads_at(keys, int64_t(blockIdx.x) * group_tile + e, rows);
+  for (int e = int(threadIdx.x); e < tile_count(groups.n); e += group_threads) {
+    mine += heads_at(keys, int64_t(blockIdx.x) * group_tile + e, groups);
   }
   block_scan(mine, total);
   if (threadIdx.x == 0) heads[blockIdx.x] = total;
 }
 
 __global__ void __launch_bounds__(group_threads, 1)
-    assign_kernel(const uint32_t* keys, const Rows rows, const uint64_t* heads_before) {
-  assign_rows(keys, rows.order, int64_t(blockIdx.x) * group_tile, tile_count(rows.n), heads_before[blockIdx.x], rows);
+    assign_kernel(const uint32_t* keys, const Groups groups, const uint64_t* heads_before) {
+  assign_rows(keys, groups.order, int64_t(blockIdx.x) * group_tile, tile_count(groups.n), heads_before[blockIdx.x],
+              groups);
 }
 
 struct Sort {
@@ -101,34 +102,34 @@ struct Sort {
 };
 
 template <class Classes>
-cudaError_t group(const Classes& classes, const Rows& rows, void* scratch, cudaStream_t stream) {
-  if (rows.n <= group_tile) {
-    return launch(group_in_block_kernel<Classes>, 1, group_threads, group_shared, stream, classes, rows);
+cudaError_t group(const Classes& classes, const Groups& groups, void* scratch, cudaStream_t stream) {
+  if (groups.n <= group_tile) {
+    return launch(group_in_block_kernel<Classes>, 1, group_threads, group_shared, stream, classes, groups);
   }
   Arena arena(scratch);
-  Sort sort(arena, rows.n);
-  const unsigned tiles = unsigned((rows.n + group_tile - 1) / group_tile);
-  const int passes = sort_passes(rows.num_classes);
-  // The last pass writes to rows.order.
-  int32_t* order[2] = {passes % 2 ? sort.order : rows.order, passes % 2 ? rows.order : sort.order};
+  Sort sort(arena, groups.n);
+  const unsigned tiles = unsigned((groups.n + group_tile - 1) / group_tile);
+  const int passes = sort_passes(groups.num_classes);
+  // The last pass writes to groups.order.
+  int32_t* order[2] = {passes % 2 ? sort.order : groups.order, passes % 2 ? groups.order : sort.order};
   cudaError_t error =
-      launch(keys_kernel<Classes>, tiles, group_threads, 0, stream, classes, rows, sort.keys[0], order[0]);
+      launch(keys_kernel<Classes>, tiles, group_threads, 0, stream, classes, groups, sort.keys[0], order[0]);
   for (int pass = 0; pass < passes && error == cudaSuccess; ++pass) {
     const int from = pass % 2, to = 1 - from;
-    error = launch(count_kernel, tiles, group_threads, count_shared, stream, sort.keys[from], rows.n, 8 * pass,
+    error = launch(count_kernel, tiles, group_threads, count_shared, stream, sort.keys[from], groups.n, 8 * pass,
                    sort.counts);
     if (error != cudaSuccess) break;
     error = launch(scan_kernel<uint32_t>, 1, group_threads, 0, stream, sort.counts, int64_t(tiles) * digits);
     if (error != cudaSuccess) break;
-    error = launch(scatter_kernel, tiles, group_threads, count_shared, stream, sort.keys[from], order[from], rows.n,
+    error = launch(scatter_kernel, tiles, group_threads, count_shared, stream, sort.keys[from], order[from], groups.n,
                    8 * pass, sort.counts, sort.keys[to], order[to]);
   }
   const uint32_t* sorted = sort.keys[passes % 2];
-  if (error == cudaSuccess) error = launch(heads_kernel, tiles, group_threads, 0, stream, sorted, rows, sort.heads);
+  if (error == cudaSuccess) error = launch(heads_kernel, tiles, group_threads, 0, stream, sorted, groups, sort.heads);
   if (error == cudaSuccess) {
     error = launch(scan_kernel<uint64_t>, 1, group_threads, 0, stream, sort.heads, int64_t(tiles));
   }
-  if (error == cudaSuccess) error = launch(assign_kernel, tiles, group_threads, 0, stream, sorted, rows, sort.heads);
+  if (error == cudaSuccess) error = launch(assign_kernel, tiles, group_threads, 0, stream, sorted, groups, sort.heads);
   return error;
 }
 
@@ -140,11 +141,11 @@ size_t sort_scratch(int64_t n) {
   return arena.used();
 }
 
-cudaError_t group_samples(const SampleClasses& classes, const Rows& rows, void* scratch, cudaStream_t stream) {
-  return group(classes, rows, scratch, stream);
+cudaError_t group_samples(const SampleClasses& classes, const Groups& groups, void* scratch, cudaStream_t stream) {
+  return group(classes, groups, scratch, stream);
 }
-cudaError_t group_boundaries(const BoundaryClasses& classes, const Rows& rows, void* scratch, cudaStream_t stream) {
-  return group(classes, rows, scratch, stream);
+cudaError_t group_boundaries(const BoundaryClasses& classes, const Groups& groups, void* scratch, cudaStream_t stream) {
+  return group(classes, groups, scratch, stream);
 }
 
 }  // namespace robustfast::cuda

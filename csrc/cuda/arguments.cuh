@@ -1,0 +1,118 @@
+// The arguments of the loss and of its backward, typed: what the kernels take. docs/ops.md says what they hold.
+#pragma once
+
+#include "common/loss.h"
+#include "cuda/elements.cuh"
+#include "cuda/kernels.h"
+
+namespace robustfast::cuda {
+
+template <class Wide>
+struct Loss {
+  Matrix input, input_noise, target, weight, bias;
+  bool has_noise;
+  int64_t n, dim, num_classes, rows;
+  Wide* centroids;
+  bool* seen;
+  Wide delta_var, delta_dist, alpha, beta, gamma, momentum;
+  bool update_state;
+  int64_t ignore_index;
+  Wide *loss, *terms;
+  int32_t* slot;
+  Wide *pull, *centroid, *mu_grad, *boundary_grad;
+  int32_t *classes, *winner;
+  Wide* boundary_bias;
+
+  explicit Loss(const LossParams& p)
+      : input(p.input),
+        input_noise(p.input_noise),
+        target(p.target),
+        weight(p.weight),
+        bias(p.bias),
+        has_noise(p.has_noise),
+        n(p.n),
+        dim(p.dim),
+        num_classes(p.num_classes),
+        rows(p.n < p.num_classes ? p.n : p.num_classes),
+        centroids(static_cast<Wide*>(p.centroids)),
+        seen(p.seen),
+        delta_var(Wide(p.settings.delta_var)),
+        delta_dist(Wide(p.settings.delta_dist)),
+        alpha(Wide(p.settings.alpha)),
+        beta(Wide(p.settings.beta)),
+        gamma(Wide(p.settings.gamma)),
+        momentum(Wide(p.settings.momentum)),
+        update_state(p.update_state),
+        ignore_index(p.ignore_index),
+        loss(static_cast<Wide*>(p.loss)),
+        terms(static_cast<Wide*>(p.terms)),
+        slot(p.slot),
+        pull(static_cast<Wide*>(p.pull)),
+        centroid(static_cast<Wide*>(p.tables)),
+        mu_grad(centroid + rows * dim),
+        boundary_grad(mu_grad + rows * dim),
+        classes(p.classes),
+        winner(classes + rows),
+        boundary_bias(static_cast<Wide*>(p.boundary_bias)) {}
+
+  RF_INLINE Wide view_weight() const { return has_noise ? alpha / 2 : alpha; }
+
+  // From the sums over rows of (compactness, alignment, margin, regularization); one thread calls it.
+  RF_DEVICE void write_terms(int32_t present, const Wide (&sum)[4]) const {
+    const Wide count = Wide(present > 0 ? present : 1);
+    const Wide compactness = sum[0] / count, alignment = sum[1] / count;
+    const Wide variance = has_noise ? (compactness + alignment) / 2 : compactness;
+    const Wide margin = sum[2] / count, regularization = sum[3] / count;
+    *loss = alpha * variance + beta * margin + gamma * regularization;
+    terms[0] = variance, terms[1] = margin, terms[2] = regularization;
+    terms[3] = compactness, terms[4] = alignment;
+  }
+};
+
+template <class Wide>
+struct LossGrads {
+  const Wide* grad_loss;
+  Matrix input, input_noise;
+  int64_t n, dim, num_classes, rows;
+  const int32_t* slot;
+  const Wide *pull, *centroid, *mu_grad, *boundary_grad;
+  const int32_t *classes, *winner;
+  const Wide* boundary_bias;
+  void *grad_input, *grad_input_noise;
+  Output grad_weight, grad_bias;
+
+  explicit LossGrads(const LossBackwardParams& p)
+      : grad_loss(static_cast<const Wide*>(p.grad_loss)),
+        input(p.input),
+        input_noise(p.input_noise),
+        n(p.n),
+        dim(p.dim),
+        num_classes(p.num_classes),
+        rows(p.n < p.num_classes ? p.n : p.num_classes),
+        slot(p.slot),
+        pull(static_cast<const Wide*>(p.pull)),
+        centroid(static_cast<const Wide*>(p.tables)),
+        mu_grad(centroid + rows * dim),
+        boundary_grad(mu_grad + rows * dim),
+        classes(p.classes),
+        winner(classes + rows),
+        boundary_bias(static_cast<const Wide*>(p.boundary_bias)),
+        grad_input(p.grad_input),
+        grad_input_noise(p.grad_input_noise),
+        grad_weight(p.grad_weight),
+        grad_bias(p.grad_bias) {}
+
+  RF_INLINE bool wants_features() const { return grad_input || grad_input_noise; }
+  RF_INLINE bool wants_classifier() const { return grad_weight.data || grad_bias.data; }
+
+  // An element of the classifier's gradient; column `dim` is the bias.
+  RF_DEVICE void write_classifier(int64_t i, int64_t column, Wide value) const {
+    if (column < dim) {
+      if (grad_weight.data) set_element(grad_weight, i * dim + column, value);
+    } else if (grad_bias.data) {
+      set_element(grad_bias, i, value);
+    }
+  }
+};
+
+}  // namespace robustfast::cuda

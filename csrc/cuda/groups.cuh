@@ -1,0 +1,87 @@
+// Entries (samples, or boundaries of the margin) grouped by class: classes become rows in ascending order, and the
+// entries of a row are neighbours in `order`.
+//
+// They are cut into chunks wherever a multiple of `chunk_size` falls between them, so that blocks get equal work
+// however the labels are skewed: at most n / chunk_size + rows chunks, and most rows are one. The sums of a row with
+// several are added in order by the block that comes last.
+#pragma once
+
+#include "cuda/arena.h"
+#include "cuda/elements.cuh"
+
+namespace robustfast::cuda {
+
+struct GroupTotals {
+  int32_t present, chunks;  // P, and the chunks that the rows are cut into
+};
+
+struct Groups {
+  int64_t n, rows, num_classes;
+  int32_t chunk_size;                // a power of two
+  int32_t *classes, *slot;           // (rows), -1 from P on; (n) the row of each entry, -1 for none, or null
+  int32_t* winner = nullptr;         // (rows), set to -1 where it is given
+  int32_t *order, *begin;            // (n) entries by class; (rows + 1) each row's first position in `order`
+  int32_t *chunk_begin, *chunk_row;  // (max_chunks + 1) first position, (max_chunks) row
+  int32_t* first_chunk;              // (rows + 1) of each row
+  unsigned *arrived, *finished;      // (rows), (1): counters of blocks, 0 between kernels
+  GroupTotals* totals;
+
+  int64_t max_chunks() const { return n / chunk_size + 1 + rows; }
+
+  void place(Arena& arena) {
+    order = arena.take<int32_t>(n);
+    begin = arena.take<int32_t>(rows + 1);
+    chunk_begin = arena.take<int32_t>(max_chunks() + 1);
+    chunk_row = arena.take<int32_t>(max_chunks());
+    first_chunk = arena.take<int32_t>(rows + 1);
+    arrived = arena.take<unsigned>(rows);
+    finished = arena.take<unsigned>(1);
+    totals = arena.take<GroupTotals>(1);
+  }
+};
+
+// Positions [begin, end) of `order`, all of one row.
+struct Chunk {
+  int32_t row, row_begin, row_end, begin, end, size;
+
+  RF_DEVICE Chunk(const Groups& groups, int64_t index)
+      : row(groups.chunk_row[index]),
+        row_begin(groups.begin[row]),
+        row_end(groups.begin[row + 1]),
+        begin(groups.chunk_begin[index]),
+        end(groups.chunk_begin[index + 1]),
+        size(groups.chunk_size) {}
+
+  RF_DEVICE int32_t count() const { return row_end - row_begin; }                           // of the row's entries
+  RF_DEVICE int32_t of_row() const { return (row_end - 1) / size - row_begin / size + 1; }  // how many the row has
+  // Where sums of the row's k-th chunk stand among those of all rows that have several: between two multiples of
+  // `size` lie the first chunk of one row and a later one of another, and no third. There are 2 (n / size + 1) places.
+  RF_DEVICE int64_t place(int32_t k) const { return 2 * (int64_t(row_begin / size) + k) + (k == 0); }
+  RF_DEVICE int64_t place() const { return place(begin / size - row_begin / size); }
+};
+
+// The classes of samples.
+struct SampleClasses {
+  Matrix target;
+  int64_t num_classes, ignore_index;
+  RF_DEVICE uint32_t operator()(int64_t i) const { return uint32_t(class_of(target, i, num_classes, ignore_index)); }
+};
+
+// The rows of the classifier's gradient that boundaries give to: entry r < rows adds for the winner of row r, entry
+// rows + r subtracts for its class.
+struct BoundaryClasses {
+  const int32_t *classes, *winner;
+  int64_t rows, num_classes;
+  RF_DEVICE uint32_t operator()(int64_t i) const {
+    const int64_t row = i < rows ? i : i - rows;
+    if (winner[row] < 0) return uint32_t(num_classes);
+    return uint32_t(i < rows ? winner[row] : classes[row]);
+  }
+};
+
+// Fill the tables, in a number of launches that n and the number of classes set.
+size_t sort_scratch(int64_t n);
+cudaError_t group_samples(const SampleClasses& classes, const Groups& groups, void* scratch, cudaStream_t stream);
+cudaError_t group_boundaries(const BoundaryClasses& classes, const Groups& groups, void* scratch, cudaStream_t stream);
+
+}  // namespace robustfast::cuda
