@@ -31,7 +31,8 @@ class Batch(NamedTuple):
 class Measurement(Protocol):
     """Has a name, settings (its fields), and makes columns (N, ...) of the images of a batch."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def __call__(self, model: Any, batch: Batch) -> dict[str, Tensor]: ...
 

@@ -234,6 +234,7 @@ _TABLE = {
     "requantised": Perturbation(requantised, _GAUSSIAN),
 }
 PERTURBATIONS = tuple(_TABLE)
+AUTHORS = {name: entry.authors for name, entry in _TABLE.items() if entry.authors is not None}
 
 
 def perturb(

@@ -1,0 +1,249 @@
+"""Trained runs and models of the user's, evaluated from the command line: what to measure, where it goes, its page.
+
+Unlike the rest of this package it knows of training, and is imported by the command line alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import robustfast
+from robustfast import disk
+from robustfast.evaluation import report, stream, table
+from robustfast.evaluation.models import Normalized
+from robustfast.evaluation.suites import SUITES, suite
+from robustfast.evaluation.summary import summarise
+from robustfast.extras import needed
+from robustfast.training import data, saved
+from robustfast.training.loop import pick_device
+
+RESULTS = "results.json"
+BATCH = 256  # images read at a time
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to evaluate, and on what."""
+
+    name: str
+    group: str
+    seed: int
+    model: nn.Module
+    source: str
+    sigma: float
+    sigmas: tuple[float, ...]
+    pixel_std: tuple[float, ...]
+    classes: tuple[str, ...] | None  # None: whatever the data has
+    image: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to evaluate; None: as the run was trained."""
+
+    suite: str = "quick"
+    source: str | None = None
+    sigmas: tuple[float, ...] | None = None
+    seed: int = 0
+    batch_size: int = 256
+    device: str = "auto"
+    overwrite: bool = False
+
+
+def of_run(run: Path, options: Options) -> Subject:
+    """The classifier of a finished run; OSError or ValueError where there is none."""
+    classifier = saved.load_classifier(run, pick_device(options.device))
+    config = classifier.config
+    return Subject(
+        name=run.name, group=config.method, seed=config.seed, model=classifier,
+        source=options.source or config.data, sigma=config.sigma, sigmas=options.sigmas or config.test_sigmas,
+        pixel_std=tuple(classifier.normalization["pixel_std"]), classes=classifier.classes, image=classifier.image,
+    )  # fmt: skip
+
+
+def of_factory(
+    factory: str,
+    weights: Path | None,
+    source: str,
+    sigma: float,
+    normalization: tuple[Sequence[float], Sequence[float]] | None,
+    options: Options,
+) -> Subject:
+    """The model that ``package.module:factory`` makes, with the weights of a safetensors file.
+
+    Raises:
+        ValueError: there is no such factory, it makes no module, or the weights are not the model's.
+        OSError: the file cannot be read.
+    """
+    module, _, name = factory.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        make = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"--model {factory}: expected package.module:factory: {error}") from error
+    model = make()
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"--model {factory}: expected a torch.nn.Module, got {type(model).__name__}")
+    if weights is not None:
+        load_weights(model, weights)
+    std: tuple[float, ...] = (1.0,)
+    if normalization is not None:
+        model, std = Normalized(model, *normalization), tuple(normalization[1])
+    levels = options.sigmas or tuple(round(factor * sigma, 6) for factor in (0.5, 1.0, 1.5, 2.0))
+    model = model.to(pick_device(options.device)).eval()
+    return Subject(name, name, 0, model, source, sigma, levels, std, None, None)
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Put the tensors of a safetensors file into the model; ValueError naming the file if they do not fit."""
+    with needed():
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    try:
+        model.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{path}: not this model's weights: {' '.join(str(error).split())}") from error
+
+
+def evaluate(
+    subject: Subject, out: Path, options: Options, on_images: Callable[[int, int], None] | None = None
+) -> report.Evaluated:
+    """Measure, write ``out``/images.npz and ``out``/results.json, and return what the page needs.
+
+    A finished evaluation is read; an interrupted one goes on.
+
+    Raises:
+        ValueError: the data does not fit the model, or ``out`` holds an evaluation of something else.
+    """
+    disk.make_folder(out)
+    if options.overwrite and _rank() == 0:
+        for name in (stream.TABLE, RESULTS):
+            (out / name).unlink(missing_ok=True)
+        shutil.rmtree(out / stream.PARTS, ignore_errors=True)
+    _, test, classes = data.load(subject.source)
+    image = tuple(test.pixels.shape[1:])
+    if subject.image is not None and (image, classes) != (subject.image, subject.classes):
+        raise ValueError(
+            f"{subject.source}: the model takes images {list(subject.image)} of classes {list(subject.classes or ())}, "
+            f"got {list(image)} of {list(classes)}"
+        )
+    features = all(hasattr(getattr(subject.model, "model", subject.model), part) for part in ("features", "fc"))
+    std = subject.pixel_std if len(subject.pixel_std) == image[0] else subject.pixel_std * image[0]
+    chosen = suite(options.suite, image, sigma=subject.sigma, sigmas=subject.sigmas, pixel_std=std, features=features)
+    start, total = time.perf_counter(), len(test.labels)
+    columns, about = stream.measure(
+        subject.model,
+        _batches(test),
+        chosen,
+        out,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        device=pick_device(options.device),
+        about={"suite": options.suite, "data": subject.source, "sigma": subject.sigma},
+        on_images=None if on_images is None else lambda count: on_images(count, total),
+    )
+    fc: Any = subject.model.fc if features else None
+    summary = summarise(columns, about, (fc.weight, fc.bias) if features else None)
+    if _rank() == 0 and not (out / RESULTS).exists():
+        content = {
+            "format": stream.FORMAT, "name": subject.name, "group": subject.group, "seed": subject.seed,
+            "classes": list(classes), "about": about, "summary": summary, "environment": environment(),
+            "pixels": hashlib.blake2b(columns["pixels"].tobytes(), digest_size=16).hexdigest(),
+            "seconds": time.perf_counter() - start,
+        }  # fmt: skip
+        disk.write_json(out / RESULTS, content)
+    return report.Evaluated(subject.name, subject.group, subject.seed, columns, about, summary)
+
+
+def read(out: Path) -> report.Evaluated:
+    """What :func:`evaluate` left in ``out``; OSError or ValueError where there is nothing whole."""
+    columns, about = table.read(out / stream.TABLE)
+    content = disk.read_json(out / RESULTS)
+    return report.Evaluated(content["name"], content["group"], content["seed"], columns, about, content["summary"])
+
+
+def find(place: Path) -> Path:
+    """The folder of an evaluation: ``place`` itself, or the largest suite beside the run in ``place``."""
+    for folder in (place, *(place / f"evaluation-{name}" for name in reversed(SUITES))):
+        if (folder / stream.TABLE).exists() and (folder / RESULTS).exists():
+            return folder
+    raise ValueError(f"{place}: no finished evaluation; make one with: robustfast evaluate {place}")
+
+
+def write_page(path: Path, models: Sequence[report.Evaluated], source: str, title: str) -> None:
+    """The page about evaluated models, with their worst images."""
+    _, test, classes = data.load(source)
+    sigma = models[0].about["sigma"]
+    ids = {
+        int(model.columns[table.ID][row])
+        for model in models
+        if f"gaussian {sigma:g}/nll" in model.columns
+        for row in report.worst_images(model.columns, f"gaussian {sigma:g}")
+    }
+    scale = 255 if test.pixels.dtype == torch.uint8 else 1
+    pictures = {id_: test.pixels[id_].numpy() / scale for id_ in ids if id_ < len(test.labels)}
+    if test.pixels.shape[1] not in (1, 3):
+        pictures = {}
+    report.write(
+        path, models, title=title, classes=classes, sigma=sigma, pictures=pictures,
+        provenance=provenance(models, source),
+    )  # fmt: skip
+
+
+def provenance(models: Sequence[report.Evaluated], source: str) -> dict[str, str]:
+    """What the page says about the origin of its numbers."""
+    pixels = np.concatenate([model.columns["pixels"] for model in models[:1]])
+    here = environment()
+    return {
+        "data": f"{source}, {len(pixels)} images, hash {hashlib.blake2b(pixels.tobytes(), digest_size=8).hexdigest()}",
+        "noise": f"seed {models[0].about['seed']}, sample id = place in the test data",
+        "suites": ", ".join(dict.fromkeys(model.about["suite"] for model in models)),
+        **{f"weights of {model.name}": str(model.about["model"]) for model in models},
+        "versions": ", ".join(f"{name} {here[name]}" for name in ("robustfast", "torch", "python")),
+        "commit": str(here["commit"] or "unknown"),
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Versions, device and commit."""
+    return {
+        "robustfast": robustfast.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "ranks": dist.get_world_size() if dist.is_initialized() else 1,
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _batches(test: data.Images) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    for part in torch.arange(len(test.labels)).split(BATCH):
+        yield test.pixels[part], test.labels[part], part
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
