@@ -1,4 +1,4 @@
-"""The command line: ``robustfast train``, ``evaluate``, ``demo`` and ``bench``."""
+"""The command line: ``robustfast train``, ``evaluate``, ``compare``, ``demo`` and ``bench``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ try:
         from rich.text import Text
 
         from robustfast.bench.command import bench
-        from robustfast.training import Config, comparison, files, loop, presets, saved
+        from robustfast.evaluation import runs
+        from robustfast.evaluation.command import compare, evaluate
+        from robustfast.evaluation.suites import SUITES
+        from robustfast.training import Config, comparison, files, loop, presets
         from robustfast.training.config import METHODS
 except ModuleNotFoundError as error:
     sys.exit(f"robustfast: {error}")
@@ -41,6 +44,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(bench)
+app.command()(evaluate)
+app.command()(compare)
 console = Console()
 OVERWRITE = typer.Option("--overwrite", help="replace what that folder holds")
 
@@ -162,34 +167,15 @@ def _unchanged(config: Config, changes: dict[str, Any], out: Path) -> None:
 
 
 @app.command()
-def evaluate(
-    run: Annotated[Path, typer.Argument(help="folder of a finished run")],
-    sigma: Annotated[
-        list[float] | None, typer.Option(help="of the noise; repeat the option (default: those of the run)")
-    ] = None,
-    draws: Annotated[int, typer.Option(min=1, help="draws of the noise per image")] = 4,
-    seed: Annotated[int, typer.Option(help="seed of the noise; 0 is that of the run's own test")] = 0,
-    data: Annotated[str | None, typer.Option(help="other test images: digits, npz:FILE or folder:DIR")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    backend: Annotated[str, typer.Option(help="backend of the noise")] = "auto",
-    out: Annotated[Path | None, typer.Option(help="write the accuracies to this JSON file")] = None,
-) -> None:
-    """Test a saved model on clean images and under Gaussian noise."""
-    if out is not None:
-        disk.make_folder(out.parent)
-    curve = saved.evaluate(run, sigma, seed=seed, draws=draws, source=data, device=device, backend=backend)
-    if out is not None:
-        disk.write_json(out, {"run": str(run), "seed": seed, "draws": draws, "test": curve})
-    console.print(_curve_table(curve))
-
-
-@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="folder of results.json, accuracy.png and all runs")] = Path("demo"),
     seeds: Annotated[int, typer.Option(min=1, help="runs per method")] = 3,
     epochs: Annotated[int, typer.Option(min=1, help="epochs of each run")] = 40,
     backend: Annotated[str, typer.Option(help="backend of the loss and of the noise")] = "auto",
     workers: Annotated[int | None, typer.Option(min=1, help="runs at a time", show_default="one per core")] = None,
+    suite: Annotated[
+        str, typer.Option(help=f"what seed 0 is evaluated by: {', '.join(SUITES)}; others: quick")
+    ] = "paper",
     overwrite: Annotated[bool, OVERWRITE] = False,
 ) -> None:
     """Compare the paper's method with its four baselines on scikit-learn's handwritten digits.
@@ -233,6 +219,26 @@ def demo(
     )
     console.print(_summary_table(summary))
     say(f"{len(configs)} runs in {content['seconds']:.0f} s. Results and plot: {out}")
+    _demo_page(out, folders, suite, workers, overwrite)
+
+
+def _demo_page(out: Path, folders: list[Path], suite: str, workers: int | None, overwrite: bool) -> None:
+    """Evaluate all runs, those of seed 0 by ``suite`` and the others quickly, and write the page about them."""
+    suites = (suite if folder.name.endswith("-0") else "quick" for folder in folders)
+    calls = [(folder, runs.Options(name, overwrite=overwrite)) for folder, name in zip(folders, suites, strict=True)]
+    calls.sort(key=lambda call: call[1].suite == "quick")  # the long ones first
+    try:
+        with _progress("evaluation", len(calls)) as step:
+            finished = itertools.count(1)
+            comparison.in_parallel(
+                runs.evaluate_run, calls, lambda name: step(next(finished), f"evaluated {name}"), workers
+            )
+    except KeyboardInterrupt:
+        say("Interrupted. To go on: the same command again, without --overwrite")
+        raise typer.Exit(130) from None
+    models = [runs.read(runs.find(folder)) for folder in folders]
+    runs.write_page(out / "report.html", models, "digits", "Digits: what the methods withstand")
+    say(f"Page: {out / 'report.html'}")
 
 
 @contextmanager

@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 import robustfast
 from robustfast import cli, disk
-from robustfast.training import Config, comparison, data, files, loop, preset, saved, train
+from robustfast.evaluation import runs
+from robustfast.training import Config, comparison, data, files, loop, preset, train
 
 ROOT = Path(__file__).parents[1]
 runner = CliRunner()
@@ -54,12 +55,11 @@ def test_train_then_evaluate(run_dir):
         assert f"{100 * point['accuracy']:.2f}" in shown.output
     assert f"best epoch {results['best_epoch']} of 2" in shown.output
 
-    again = invoke("evaluate", "run", "--out", "again.json")
+    again = invoke("evaluate", "run", "--page", "page.html")
     assert again.exit_code == 0, again.output
-    assert disk.read_json(run_dir / "again.json") == {"run": "run", "seed": 0, "draws": 4, "test": results["test"]}
-    other = invoke("evaluate", "run", "--sigma", "0.5", "--sigma", "0.1", "--draws", "1", "--out", "other.json")
-    assert [point["sigma"] for point in disk.read_json(run_dir / "other.json")["test"]] == [0.0, 0.5, 0.1]
-    assert other.output.split().count("0.5") == 1
+    settings = disk.read_json(Path("run/evaluation-quick/results.json"))["summary"]["settings"]
+    assert settings[0]["accuracy"] == results["test"][0]["accuracy"], "of clean images"
+    assert f"{100 * settings[0]['accuracy']:.2f}" in again.output and Path("page.html").exists()
 
 
 def test_train_resumes_where_it_was_interrupted(run_dir, monkeypatch):
@@ -102,7 +102,7 @@ def test_every_setting_is_an_option():
 
 def test_demo_and_going_on_with_it(run_dir, monkeypatch):
     monkeypatch.setattr(cli, "METHODS", ("noisy", "discriminative"))
-    arguments = ("demo", "--epochs", "2", "--seeds", "1", "--workers", "1", "--out", "demo")
+    arguments = ("demo", "--epochs", "2", "--seeds", "1", "--workers", "1", "--out", "demo", "--suite", "quick")
     config = preset("digits", "discriminative", epochs=2, threads=1)
 
     def interrupt(record):
@@ -117,6 +117,7 @@ def test_demo_and_going_on_with_it(run_dir, monkeypatch):
     assert len(content["runs"]) == 2 and all(method in shown.output for method in cli.METHODS)
     assert all(f"{100 * point['mean']:.1f}" in shown.output for point in content["summary"])
     assert "±" not in shown.output and "2 of 2" in shown.output, "one seed has no spread, a pipe gets lines"
+    assert "noisy" in (run_dir / "demo" / "report.html").read_text()
     assert (run_dir / "demo" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     assert content["runs"][1]["history"] == train(config)["history"], "no trace of interruption or neighbours"
     documented = (ROOT / "docs" / "results.md").read_text().partition("field of the demo")[2]
@@ -199,11 +200,11 @@ def test_a_failed_run_can_be_begun_anew(run_dir):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["train", "--out", "file/run"], ["demo", "--out", "file/demo"], ["evaluate", "run", "--out", "file/a.json"]],
+    [["train", "--out", "file/run"], ["demo", "--out", "file/demo"], ["evaluate", "run", "--page", "file/page.html"]],
 )
 def test_a_folder_that_cannot_be_written_is_noticed_first(run_dir, monkeypatch, arguments):
     Path("file").touch()
-    for place, name in ((loop, "prepare"), (comparison, "compare"), (saved, "evaluate")):
+    for place, name in ((loop, "prepare"), (comparison, "compare"), (runs, "evaluate")):
         monkeypatch.setattr(place, name, None)
     with pytest.raises(OSError, match=r"cannot be written to: .*: 'file"):
         runner.invoke(cli.app, arguments, catch_exceptions=False)

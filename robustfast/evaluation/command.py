@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from robustfast import disk
 from robustfast.evaluation import report, runs
 from robustfast.evaluation.intervals import Paired, paired
 from robustfast.evaluation.suites import SUITES
@@ -57,6 +58,8 @@ def evaluate(
     options = runs.Options(suite, data, tuple(sigma) if sigma else None, seed, batch_size, device, overwrite)
     if bool(folders) == bool(model):
         raise ValueError("expected folders of runs, or --model")
+    if page is not None:
+        disk.make_folder(page.parent)
     with _ranks():
         if model:
             if data is None:
@@ -68,7 +71,7 @@ def evaluate(
             places = [out or Path(f"evaluation-{suite}")]
         else:
             subjects = [runs.of_run(folder, options) for folder in folders or []]
-            places = [folder / f"evaluation-{suite}" for folder in folders or []]
+            places = [runs.folder_of(folder, suite) for folder in folders or []]
         models = []
         for subject, place in zip(subjects, places, strict=True):
             with _progress(subject.name) as step:
@@ -90,13 +93,12 @@ def compare(
     Accuracies are in percentage points; where an image has several draws, their mean counts.
     """
     models = [runs.read(runs.find(place)) for place in (a, b)]
-    shown = Table("", a.name, b.name, "A - B", f"{confidence:.0%} interval", "p", box=box.SIMPLE)
+    head = ("accuracy, %", a.name, b.name, "A - B", f"{confidence:.0%} interval", "p")
+    shown = Table(*head, box=box.SIMPLE, padding=(0, 1, 0, 0))
     for name, mean_a, mean_b, found in comparisons(*models, confidence=confidence):
         difference, p_value = f"{found.difference:+.2f}", f"{found.p_value:.2g}"
         interval = f"{found.low:+.2f} to {found.high:+.2f}"
-        shown.add_row(
-            name, f"{mean_a:.2f}", f"{mean_b:.2f}", f"{found.difference:+.2f}", interval, f"{found.p_value:.2g}"
-        )
+        shown.add_row(name, f"{mean_a:.2f}", f"{mean_b:.2f}", difference, interval, p_value)
     console.print(shown)
     console.print(f"{len(models[0].columns['id'])} images, paired; p: exact sign test", highlight=False)
 
@@ -128,9 +130,9 @@ def comparisons(
 def _comparable(m: dict, a: report.Evaluated, b: report.Evaluated) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     name = m["name"]
     if m["kind"] == "Draws":
-        return {f"accuracy, {name}": tuple(100 * right_share(model.columns, name) for model in (a, b))}  # type: ignore[dict-item]
+        return {name: tuple(100 * right_share(model.columns, name) for model in (a, b))}  # type: ignore[dict-item]
     if m["kind"] == "Attack":
-        return {f"accuracy, {name}": tuple(100.0 * model.columns[f"{name}/right"] for model in (a, b))}  # type: ignore[dict-item]
+        return {name: tuple(100.0 * model.columns[f"{name}/right"] for model in (a, b))}  # type: ignore[dict-item]
     if m["kind"] == "Spectrum":
         norms = (np.log10((model.columns[name].astype(np.float64) ** 2).sum(1) + 1e-12) for model in (a, b))
         return {"log10 of the curvature": tuple(norms)}  # type: ignore[dict-item]

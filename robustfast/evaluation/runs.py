@@ -171,6 +171,18 @@ def evaluate(
     return report.Evaluated(subject.name, subject.group, subject.seed, columns, about, summary)
 
 
+def evaluate_run(run: Path, options: Options) -> str:
+    """:func:`evaluate` for a worker of several: one thread, into RUN/evaluation-SUITE; returns the run's name."""
+    torch.set_num_threads(1)
+    evaluate(of_run(run, options), folder_of(run, options.suite), options)
+    return run.name
+
+
+def folder_of(run: Path, suite: str) -> Path:
+    """Where a run's evaluation lies."""
+    return run / f"evaluation-{suite}"
+
+
 def read(out: Path) -> report.Evaluated:
     """What :func:`evaluate` left in ``out``; OSError or ValueError where there is nothing whole."""
     columns, about = table.read(out / stream.TABLE)
@@ -180,7 +192,7 @@ def read(out: Path) -> report.Evaluated:
 
 def find(place: Path) -> Path:
     """The folder of an evaluation: ``place`` itself, or the largest suite beside the run in ``place``."""
-    for folder in (place, *(place / f"evaluation-{name}" for name in reversed(SUITES))):
+    for folder in (place, *(folder_of(place, name) for name in reversed(SUITES))):
         if (folder / stream.TABLE).exists() and (folder / RESULTS).exists():
             return folder
     raise ValueError(f"{place}: no finished evaluation; make one with: robustfast evaluate {place}")

@@ -74,6 +74,6 @@ def _beyond(
     if features:
         yield Bounds("bounds", sigma)
     yield Certificates("certificates", sigma, n=10_000 if full else 1000, every=1 if full else 5)
-    effort = {"steps": 100, "restarts": 5, "queries": 500} if full else {"steps": 20, "queries": 50}
+    effort = {"steps": 100, "restarts": 5, "queries": 500} if full else {"steps": 20, "queries": 20}
     for norm, radius in (("linf", sigma / 8), ("linf", sigma / 4), ("linf", sigma / 2), ("l2", length / 4)):
         yield Attack(f"{norm} {radius:.3g}", norm, radius, **effort)

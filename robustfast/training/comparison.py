@@ -41,19 +41,37 @@ def compare(
         ValueError: a folder holds a run of other settings.
         ChildProcessError: a worker was killed.
     """
-    workers = min(workers or usable_cores(), len(configs))
     places: Sequence[Path | None] = folders or [None] * len(configs)
+    return in_parallel(train_or_go_on, list(zip(configs, places, strict=True)), on_run, workers)
+
+
+def in_parallel(
+    function: Callable[..., Any],
+    calls: Sequence[tuple[Any, ...]],
+    on_done: Callable[[Any], None] | None = None,
+    workers: int | None = None,
+) -> list[Any]:
+    """``function(*call)`` for each call, in processes side by side, which end with this call whatever ends it.
+
+    Args:
+        on_done: called with each result, in the order in which they come.
+        workers: processes at a time; as many as this process may use cores if None.
+
+    Raises:
+        ChildProcessError: a worker was killed.
+    """
+    workers = min(workers or usable_cores(), len(calls))
     others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _end_with_parent) as pool:
         try:
             before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # workers begin, and stay, deaf to it
             try:
-                futures = [pool.submit(train_or_go_on, *run) for run in zip(configs, places, strict=True)]
+                futures = [pool.submit(function, *call) for call in calls]
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
             for future in as_completed(futures):
-                if on_run is not None:
-                    on_run(future.result())
+                if on_done is not None:
+                    on_done(future.result())
             return [future.result() for future in futures]
         except BrokenProcessPool as error:
             hint = "a worker was killed, perhaps for want of memory: fewer workers need less"
