@@ -20,14 +20,19 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from robustfast.triton_ops import loss, noise, rows
+from robustfast.reference import Settings
+from robustfast.triton_ops import device, loss, noise, search
 
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), "ampere"),
     "sm_90": (GPUTarget("cuda", 90, 32), "hopper"),
+    "sm_100": (GPUTarget("cuda", 100, 32), "blackwell"),
+    "sm_120": (GPUTarget("cuda", 120, 32), "ampere"),
     "gfx942": (GPUTarget("hip", "gfx942", 64), "amd"),
 }
-MATRIX = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "gfx942": "v_mfma"}
+MATRIX = {
+    "sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "sm_120": "mma.sync", "gfx942": "v_mfma",
+}  # fmt: skip
 SEED = torch.zeros((), dtype=torch.int64)
 
 
@@ -39,9 +44,11 @@ def launch_loss(n: int, dim: int, classes: int, dtype: str, weight_dtype: str | 
     state = torch.empty(classes, dim, dtype=wide), torch.empty(classes, dtype=torch.bool)
     target, bias = torch.zeros(n, dtype=torch.int64), weight[:, 0].contiguous()
     value, _, *saved = loss.discriminative_loss(
-        features, features, target, weight, bias, *state, 0.5, 3.0, norm, 1.0, 1.0, 1e-3, 0.99, True, -100
+        features, features, target, weight, bias, *state, list(Settings()), None, norm, True, -100
     )
-    loss.discriminative_loss_backward(value, features, features, weight, bias, *saved, norm, [True] * 4)
+    loss.discriminative_loss_backward(
+        value, features, features, *saved, classes, weight.dtype, bias.dtype, norm, [True] * 4
+    )
 
 
 def launch_noise(shape: list[int], dtype: str, out: str) -> None:
@@ -61,8 +68,8 @@ def caught_launches(problems: list[dict], family: str) -> list[tuple[JITFunction
     def catch(self, *args, grid, warmup, **kwargs):
         launches.append((self, args, kwargs))
 
-    loss.processor = lambda device: rows.Processor(132, family)
-    noise.has_nvidia_instructions = lambda device: family != "amd"
+    loss.processor = search.processor = lambda _: device.Processor(132, family)
+    noise.has_nvidia_instructions = lambda _: family != "amd"
     JITFunction.run = catch
     for problem in problems:
         (launch_noise if "shape" in problem else launch_loss)(**problem)
@@ -86,7 +93,7 @@ def report(source: ASTSource, options: dict, name: str) -> dict:
     compiled = triton.compile(source, target=TARGETS[name][0], options=options)
     constants = named_constants(source).items()
     tile = {key: value for key, value in constants if key.startswith(("BLOCK", "SLICE", "SUM", "PRECISION"))}
-    types = sorted({t for t in source.signature.values() if t.startswith(("*fp", "*bf"))})
+    types = sorted({t for t in flat(source.signature.values()) if t.startswith(("*fp", "*bf"))})
     result = {"kernel": source.fn.__name__, "types": types, "tile": tile, "shared": compiled.metadata.shared,
               "warps": compiled.metadata.num_warps}  # fmt: skip
     if name == "gfx942":
@@ -98,9 +105,15 @@ def report(source: ASTSource, options: dict, name: str) -> dict:
     return result | {"registers": registers, "spills": spills, "matrix": text.count(MATRIX[name])}
 
 
+def flat(types):
+    """Types one by one; an argument that is a tuple has a tuple of them."""
+    for each in types:
+        yield from flat(each) if isinstance(each, tuple) else (each,)
+
+
 def named_constants(source: ASTSource) -> dict:
     names = list(source.signature)
-    return {names[path[0]]: value for path, value in source.constants.items()}
+    return {names[path[0]]: value for path, value in source.constants.items() if len(path) == 1}
 
 
 def resources(cubin: bytes) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from loss_cases import GOLDEN, assert_close, golden_steps, random_case, run
 from robustfast import functional
 from robustfast.backends import backends, ops
 from robustfast.reference import Settings
-from robustfast.triton_ops import grouping, loss, margin, rows
+from robustfast.triton_ops import device, groups, loss, search
 
 pytestmark = pytest.mark.skipif(backends()["triton"] is not None, reason=str(backends()["triton"]))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -25,15 +25,31 @@ OPS = ops("triton") if backends()["triton"] is None else None
 
 
 @pytest.fixture
-def small_tiles(monkeypatch):
+def large(monkeypatch):
+    """The launches of large problems for small ones."""
+    monkeypatch.setattr(loss, "is_small", lambda *_: False)
+
+
+@pytest.fixture(params=["small", "large"])
+def each_way(request):
+    """One launch after the grouping, and many."""
+    if request.param == "large":
+        request.getfixturevalue("large")
+
+
+@pytest.fixture
+def small_tiles(large, monkeypatch):
     """Tiles of 16 and 4, which small cases cross two times with a remainder."""
-    monkeypatch.setattr(loss, "margin_tiles", lambda *_: margin.MarginTiles(16, 16, 16, 4, 2))
-    monkeypatch.setattr(loss, "margin_items", lambda tiles, rows, classes, _: -(-rows // 16) * 2)
-    monkeypatch.setattr(loss, "sums_tiles", lambda dim: (16, 16, 16))
+
+    def row_tile(dim, *_, **__):
+        return device.RowTile(4, max(16, triton.next_power_of_2(dim)), {"num_warps": 4})
+
+    monkeypatch.setattr(search, "search_tiles", lambda *_: search.SearchTiles(16, 16, 16, 4, 2))
+    monkeypatch.setattr(search, "search_items", lambda tiles, rows, num_classes, _: -(-rows // 16) * 2)
+    monkeypatch.setattr(search, "row_tile", row_tile)
+    monkeypatch.setattr(loss, "row_tile", row_tile)
+    monkeypatch.setattr(loss, "sums_width", lambda dim: 16)
     monkeypatch.setattr(loss, "slice_size", lambda dim: 16)
-    monkeypatch.setattr(
-        loss, "row_tile", lambda dim, *_, **__: rows.RowTile(4, max(16, triton.next_power_of_2(dim)), 4)
-    )
 
 
 def double(tensors):
@@ -114,7 +130,7 @@ def test_without(with_noise, with_bias):
 def test_each_way_of_sorting(n, monkeypatch):
     """In one program; by ranks, in one or more programs; by torch.sort; with ignored samples, long runs among short."""
     if n == 2500:
-        monkeypatch.setattr(grouping, "COMPARED", 2000)
+        monkeypatch.setattr(groups, "COMPARED", 2000)
     labels = torch.randint(30, (n,), generator=torch.Generator().manual_seed(1)) * 2
     labels[::7] = -100
     labels[n // 2 :] = 3
@@ -155,6 +171,35 @@ def test_label_dtypes(dtype):
     tensors = random_case(20, 6, 5, device=DEVICE)
     other = replaced(tensors, target=tensors[2].to(dtype))
     assert torch.equal(run(other, "triton")["loss"], run(tensors, "triton")["loss"])
+
+
+@pytest.mark.parametrize(
+    "dtype, label, num_classes, ignore_index",
+    [
+        (torch.uint8, 156, 200, -100),
+        (torch.int8, 127, 128, -100),
+        (torch.uint8, 255, 256, -100),
+        (torch.uint8, 255, 5, 255),
+        (torch.int16, 32767, 40000, -100),
+        (torch.int64, 2**40, 5, 2**40),
+    ],
+)
+def test_labels_at_the_ends_of_their_dtypes(dtype, label, num_classes, ignore_index):
+    target = torch.tensor([1, label, 0], dtype=dtype, device=DEVICE)
+    slot, classes = (torch.empty(shape, dtype=torch.int32, device=DEVICE) for shape in (3, (2, 3)))
+    groups.group(target, slot, torch.empty(2, 3, device=DEVICE), classes, num_classes, ignore_index)
+    ignored = label == ignore_index
+    assert slot.tolist() == [1, -1 if ignored else 2, 0]
+    assert classes[0].tolist() == [0, 1, -1 if ignored else label]
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a device assertion would end the process's use of the GPU")
+def test_a_label_is_not_taken_for_ignore_index_of_other_bits():
+    tensors = random_case(20, 6, 5)
+    tensors = replaced(tensors, target=tensors[2].to(torch.int8))
+    tensors[2][7] = -1
+    with pytest.raises(IndexError, match="label -1 at position 7"):
+        run(tensors, "triton", ignore_index=255)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a device assertion would end the process's use of the GPU")
@@ -227,13 +272,102 @@ def test_equal_rows_have_no_boundary_but_close_ones_do():
 @pytest.mark.parametrize("dtype, relative", [(torch.float32, 1e-5), (torch.bfloat16, 1e-3)], ids=["f32", "bf16"])
 @pytest.mark.parametrize("splits", [1, 3])
 def test_close_rows_are_told_apart(dtype, relative, splits, small_tiles, monkeypatch):
-    monkeypatch.setattr(loss, "margin_items", lambda tiles, rows, classes, _: -(-rows // 16) * splits)
+    monkeypatch.setattr(search, "search_items", lambda tiles, rows, num_classes, _: -(-rows // 16) * splits)
     f, g, y, w, b, *state = random_case(60, 20, 50, device=DEVICE)
     w[25:] = w[:25] + 1e-5 * w[25:]  # ||W_i||^2 + ||W_c||^2 - 2 W_i . W_c is rounding alone
     w[25:, :3] += 2**-7 * w[:25, :3].sign()  # so that half types differ too
     tensors = (f.to(dtype), g.to(dtype), y, w.to(dtype), torch.zeros_like(b, dtype=dtype), *state)
     expected = run(double(tensors), "reference")
     assert_close({"margin": run(tensors, "triton")["margin"]}, {"margin": expected["margin"]}, relative)
+
+
+def best_pairs(mu, weight, bias, classes):
+    """The scores of all pairs, (R, K) in float64, -inf where there is no boundary: from differences, one by one."""
+    mu, weight, bias, classes = (t.cpu() for t in (mu.double(), weight.double(), bias.double(), classes.long()))
+    normal = weight - weight[classes].unsqueeze(1)
+    distance = normal.norm(dim=2)
+    scores = ((normal * mu.unsqueeze(1)).sum(2) + bias - bias[classes].unsqueeze(1)) / distance
+    return scores.masked_fill(distance == 0, -math.inf)
+
+
+def classifier(kind, num_classes, dim, generator):
+    """Weights whose rows differ by little, or in few bits, or beyond the range of their squares."""
+    weight = torch.randn(num_classes, dim, generator=generator, dtype=torch.float64)
+    if kind in ("signs", "bits", "ternary"):
+        values = torch.tensor({"signs": (-1.0, 1.0), "bits": (0.0, 1.0), "ternary": (-1.0, 0.0, 1.0)}[kind])
+        return values[torch.randint(len(values), weight.shape, generator=generator)].double()
+    return {
+        "opposite": torch.cat((weight[: num_classes // 2], -weight[: num_classes - num_classes // 2])),
+        "one-hot": torch.eye(num_classes, dim, dtype=torch.float64),
+        "bfloat16": weight.bfloat16().double(),
+        "offset": weight + 300,
+        "clusters": weight[:3].repeat(num_classes, 1)[:num_classes] * (1 + 2**-7 * torch.rand(num_classes, 1)),
+        "equal": weight[:5].repeat(num_classes, 1)[:num_classes],
+        "tiny": weight * 1e-21,
+        "huge": weight * 1e19,
+        "one tiny row": torch.cat((weight[:1] * 1e-21, weight[1:])),
+    }[kind]
+
+
+KINDS = ["signs", "bits", "ternary", "opposite", "one-hot", "bfloat16", "offset", "clusters", "equal", "tiny", "huge",
+         "one tiny row"]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_search_finds_the_best_pair(kind, dtype, small_tiles):
+    generator = torch.Generator().manual_seed(4)
+    wide = torch.promote_types(dtype, torch.float32)
+    weight = classifier(kind, 40, 20, generator).to(dtype).to(DEVICE)
+    mu, bias = torch.randn(9, 20, generator=generator).to(DEVICE, wide), torch.zeros(40, dtype=wide, device=DEVICE)
+    classes = torch.tensor([0, 1, 5, 17, 18, 33, 38, 39, -1], dtype=torch.int32, device=DEVICE)
+    score, winner = search.margin_search(mu, weight, bias, classes)
+    exact = best_pairs(mu, weight, bias, classes.clamp(min=0))[:-1]
+    best = exact.max(1).values
+    assert winner[-1] == -1 and score[-1] == -math.inf
+    assert_close({"score": score[:-1]}, {"score": best}, 1e-5 if wide == torch.float32 else 1e-12)
+    taken = exact.gather(1, winner[:-1].long().cpu().unsqueeze(1)).squeeze(1)
+    assert ((best - taken) <= 1e-6 * best.abs()).all()
+    same = (weight.unsqueeze(0) == weight[winner[:-1].long()].unsqueeze(1)).all(2).int()
+    assert torch.equal(winner[:-1].long(), same.argmax(1)), "the lowest class of those that have this row"
+
+
+def test_nothing_found_where_all_rows_are_equal(small_tiles):
+    mu, weight = torch.randn(3, 20, device=DEVICE), torch.ones(40, 20, device=DEVICE)
+    score, winner = search.margin_search(mu, weight, None, torch.arange(3, dtype=torch.int32, device=DEVICE))
+    assert (score == -math.inf).all() and (winner == -1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("first, second", [(37, 9), (9, 37), (9, 10), (30, 31)])
+def test_lowest_class_wins_where_other_logits_score_alike(dtype, splits, first, second, small_tiles, monkeypatch):
+    """Distances of 41 and 1 along one axis: scores are equal, logits are not, nor are rounded reciprocals."""
+    monkeypatch.setattr(search, "search_items", lambda tiles, rows, num_classes, _: splits)
+    weight = torch.zeros(48, 16, dtype=dtype, device=DEVICE)
+    weight[:, 1] = -torch.arange(48, device=DEVICE) - 1.0
+    weight[0], weight[first], weight[second] = 0, 0, 0
+    weight[first, 0], weight[second, 0] = 1, 41
+    mu = torch.zeros(1, 16, device=DEVICE)
+    mu[0, :2] = torch.tensor([1.75, 0.3])
+    score, winner = search.margin_search(mu, weight, None, torch.zeros(1, dtype=torch.int32, device=DEVICE))
+    assert winner.item() == min(first, second)
+    assert score.item() == mu[0, 0]
+
+
+@pytest.mark.parametrize("kind", ["tiny", "huge"])
+def test_classifiers_whose_squares_leave_the_range(kind, each_way):
+    f, g, y, w, b, *state = random_case(20, 6, 5, device=DEVICE)
+    scale = 1e-21 if kind == "tiny" else 1e19
+    assert_matches_float64((f, g, y, w * scale, b * scale, *state))
+
+
+def test_classes_that_are_masked_out(each_way):
+    f, g, y, w, b, *state = random_case(20, 6, 9, device=DEVICE)
+    y = y % 5
+    b[5:] = -math.inf
+    assert_matches_float64((f, g, y, w, b, *state))
+    assert run((f, g, y, w, b, *state), "triton")["grad_weight"].isfinite().all()
 
 
 def test_lowest_class_wins_a_tie(small_tiles):
@@ -263,6 +397,26 @@ def test_once_differentiable():
         grad.sum().backward()
 
 
+@pytest.mark.parametrize("n, dim", [(0, 0), (0, 6), (9, 0)])
+def test_sizes_of_zero(n, dim, each_way):
+    tensors = random_case(n, dim, 5, device=DEVICE)
+    assert_matches_float64(tensors)
+    assert run(tensors, "triton")["grad_weight"].shape == (5, dim)
+
+
+def test_a_nan_feature_spoils_its_class_alone(each_way):
+    """Class 2 has no centroid and no margin; its winner is the first class there is."""
+    f, g, y, w, b, *state = random_case(30, 6, 5, device=DEVICE)
+    y.copy_(torch.arange(30) % 5)
+    f[7, 2] = math.nan
+    actual, again = (run((f, g, y, w, b, *state), "triton") for _ in range(2))
+    spoiled = y == 2
+    for name in ("grad_input", "grad_input_noise"):
+        assert actual[name][spoiled].isnan().any(1).all() and actual[name][~spoiled].isfinite().all()
+    assert all(torch.equal(actual[name].nan_to_num(7.0), again[name].nan_to_num(7.0)) for name in actual)
+    assert actual["grad_weight"].isnan().any(1).nonzero().flatten().tolist() == [0, 2]
+
+
 def test_gradients_not_wanted_are_not_computed():
     tensors = random_case(20, 6, 5, device=DEVICE)
     value, _, *saved = OPS.discriminative_loss(*tensors, *SETTINGS)
@@ -273,6 +427,7 @@ def test_gradients_not_wanted_are_not_computed():
         wanted = [i == j for j in range(4)]
         some = OPS.discriminative_loss_backward(value, f, g, *saved, *dtypes, 2, wanted)
         assert [grad.numel() > 0 for grad in some] == wanted
+        assert [grad.dtype for grad in some] == [grad.dtype for grad in every]
         assert torch.equal(some[i], every[i])
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-TARGETS = ("sm_80", "sm_90", "gfx942")
+TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 # The matrix units' float32 takes three TF32 passes by default; float64 does not go through them on every target.
 MATRIX_TYPES = ("*bf16", "*fp16", "*fp32")
 
@@ -21,16 +21,22 @@ def loss(dim: int, dtype: str, **other) -> dict:
     return {"n": 1000, "dim": dim, "classes": 1000, "dtype": dtype} | other
 
 
-FEATURES = (64, 128, 512, 2048)
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+# Rows that are read 16 bytes at once, and rows that are not.
+FEATURES = [loss(dim, dtype) for dim in (64, 128, 512, 2048) for dtype in DTYPES]
+ODD_FEATURES = [loss(dim, dtype) for dim in (77, 301, 1001) for dtype in ("bfloat16", "float32")]
+SMALL = [loss(dim, dtype, n=64, classes=10) for dim in (77, 128, 512) for dtype in ("bfloat16", "float32")]
 NOISE = [
     {"shape": [4, 3, 224, 224], "dtype": "uint8", "out": "bfloat16"},
     {"shape": [4, 3, 7, 7], "dtype": "float32", "out": "float32"},
 ]
+FEW = [loss(512, dtype) for dtype in DTYPES] + [loss(77, "float32"), loss(128, "float32", n=64, classes=10), *NOISE]
 PROBLEMS = {
-    "sm_90": [loss(dim, dtype) for dim in FEATURES for dtype in ("bfloat16", "float16", "float32", "float64")]
-    + [loss(128, "float32", n=64, classes=10), loss(128, "bfloat16", n=20000, weight_dtype="float32", norm=1), *NOISE],
-    "sm_80": [loss(dim, dtype) for dim in FEATURES for dtype in ("bfloat16", "float16", "float32", "float64")] + NOISE,
-    "gfx942": [loss(512, dtype) for dtype in ("bfloat16", "float16", "float32", "float64")] + NOISE,
+    "sm_80": [*FEATURES, *ODD_FEATURES, *SMALL, *NOISE],
+    "sm_90": [*FEATURES, *ODD_FEATURES, *SMALL, loss(128, "bfloat16", n=20000, weight_dtype="float32", norm=1), *NOISE],
+    "sm_100": FEW,
+    "sm_120": FEW,
+    "gfx942": FEW,
 }
 
 
@@ -61,11 +67,11 @@ def test_nothing_spills(reports, target):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_margin_uses_the_matrix_units(reports, target):
-    margins = [report for report in reports[target] if report["kernel"] == "margin_kernel"]
-    types = {report["types"][0] for report in margins}
+def test_search_uses_the_matrix_units(reports, target):
+    searches = [report for report in reports[target] if report["kernel"] == "search_kernel"]
+    types = {report["types"][0] for report in searches}
     assert types >= {"*bf16", "*fp16", "*fp32"}
-    for report in margins:
+    for report in searches:
         if report["types"][0] in MATRIX_TYPES:
             assert report["matrix"] > 0, report
 
@@ -73,6 +79,7 @@ def test_margin_uses_the_matrix_units(reports, target):
 def test_every_kernel_is_compiled(reports):
     kernels = {report["kernel"] for report in reports["sm_90"]}
     assert kernels == {
-        "group_kernel", "rank_kernel", "label_kernel", "rows_kernel", "sums_kernel", "variance_kernel", "margin_kernel",
-        "finish_kernel", "backward_kernel", "add_noise_kernel", "noisy_pair_kernel", "noisy_pair_backward_kernel",
+        "group_kernel", "rank_kernel", "label_kernel", "rows_kernel", "step_kernel", "sums_kernel", "variance_kernel",
+        "prepare_kernel", "search_kernel", "settle_kernel", "finish_kernel", "backward_kernel", "add_noise_kernel",
+        "noisy_pair_kernel", "noisy_pair_backward_kernel",
     }  # fmt: skip

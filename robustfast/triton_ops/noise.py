@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from robustfast.triton_ops.rows import narrow, processor, scalar
+from robustfast.triton_ops.device import processor
+from robustfast.triton_ops.elements import narrow, scalar
 
 # Roundings are those written here: with fused products at the compiler's discretion an element's bits would depend on
 # the kernel's layout. So kernels take this option, and products that are fused say so.

@@ -5,14 +5,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from robustfast.triton_ops.rows import direction, norm_of, quotient_or_zero
+from robustfast.triton_ops.elements import direction, length_of, quotient_or_zero
 
 
 @triton.jit
-def center_norm(center, NORM: tl.constexpr):
+def centroid_length(centroid, NORM: tl.constexpr):
     """||m_c||_p and its gradient, 0 at m_c = 0."""
-    norm = norm_of(center, 0, NORM)
-    gradient = direction(center, NORM)
+    length = length_of(centroid, 0, NORM)
+    gradient = direction(centroid, NORM)
     if NORM == 2:
-        gradient = quotient_or_zero(gradient, norm)
-    return norm, gradient
+        gradient = quotient_or_zero(gradient, length)
+    return length, gradient

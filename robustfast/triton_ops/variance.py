@@ -1,161 +1,161 @@
 """Variance: compactness (and alignment) = (1/P) sum_c (1/n_c) sum_{y_i=c} max(||f_i - m_c||_p - delta_v, 0)^2.
 
 One program takes one class, or one chunk of a class with many samples. It makes the centroid, holds it in registers,
-and passes over the samples once: their distances, hinges, and the sum of pulls that the centroid's gradient needs.
+and passes over the samples once: their distances from it, hinges, and the pull_sum that the centroid's gradient needs.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from robustfast.triton_ops.centroids import centroids_of, chunk_of
-from robustfast.triton_ops.grouping import PRESENT, run_of_row
-from robustfast.triton_ops.rows import (
-    direction,
-    load_row,
-    load_samples,
-    norm_of,
-    quotient_or_zero,
-    scalar,
-)
+from robustfast.triton_ops.centroids import add_chunks, blend, sum_samples
+from robustfast.triton_ops.elements import direction, length_of, load_rows, load_table_rows, quotient_or_zero, scalar
+from robustfast.triton_ops.groups import PRESENT, first_chunk, samples_of, samples_of_chunk
+
+
+class Chunks(NamedTuple):
+    """What the chunks of long classes have to add up, by the chunk's place, wide."""
+
+    sums: Tensor  # (places, D) of clean features
+    pull_sums: Tensor  # (places, D)
+    terms: Tensor  # (2, places) squared hinges, clean and noisy
 
 
 @triton.jit
-def pull_samples(x, stride_n, stride_d, sample, valid, d, dim, center, delta_var, weight, NORM: tl.constexpr):
-    """(pull of each sample, sum of squared hinges, sum of pulls times directions); ``weight`` = s 2 / (P n_c)."""
-    residual = load_samples(x, stride_n, stride_d, sample, valid, d, dim, center.dtype) - center[None, :]
-    norm = norm_of(residual, 1, NORM)
-    hinge = tl.where(valid & ((norm <= delta_var) == 0), norm - delta_var, 0.0)  # nan passes
+def pull_samples(x, sample, valid, d, dim, centroid, delta_var, weight, NORM: tl.constexpr):
+    """(pull of each sample, sum of squared hinges, pull_sum); ``weight`` = 2 view_weight sample_share."""
+    residual = load_rows(x, sample, valid, d, dim, centroid.dtype) - centroid[None, :]
+    length = length_of(residual, 1, NORM)
+    hinge = tl.where(valid & ((length <= delta_var) == 0), length - delta_var, 0.0)  # nan passes
     pull = weight * hinge
     if NORM == 2:
-        pull = quotient_or_zero(pull, norm)
+        pull = quotient_or_zero(pull, length)
     return pull, tl.sum(hinge * hinge), tl.sum(pull[:, None] * direction(residual, NORM), axis=0)
 
 
 @triton.jit
-def round_to(x, dtype: tl.constexpr):
-    """x in the matrix units' dtype, kept finite."""
-    if dtype == tl.float16:
-        x = tl.where(tl.abs(x) > 65504.0, tl.where(x > 0, 65504.0, -65504.0), x)
-    return x.to(dtype)
-
-
-@triton.jit(do_not_specialize=["num_samples", "num_rows", "num_chunks"])
-def variance_kernel(
-    f, f_n, f_d, g, g_n, g_d,  # (N, D), strides
-    order, index, classes, sums, centroids, seen,
-    weight, w_k, w_d, bias,  # (K, D), (K,)
-    pull, tables, low, own,  # (2, N), (3, R, D), (R, D) in the matrix units' dtype, (R,)
-    row_terms, pulls, chunk_terms,  # (4, R), (chunks, D), (2, chunks)
-    num_samples, dim, num_rows, num_chunks,
-    delta_var: tl.float64, alpha: tl.float64, momentum: tl.float64,
-    NORM: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+def pull_class(
+    f, g, order, pull, begin, end, centroid, n, d, dim, delta_var, alpha, sample_share, NORM: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Programs 0..R-1 take the classes with short runs, the others the chunks of long runs.
-
-    Writes pull, the tables' center, mu (where boundary_grad will be), sum of pulls (where center_grad will be), and the
-    terms of each row; for the margin, mu in its dtype and mu . W_c + b_c.
-    """
-    WIDE: tl.constexpr = tables.dtype.element_ty
-    pid = tl.program_id(0)
-    present = tl.load(index + PRESENT)
-    number = pid - num_rows
-    if pid < num_rows:
-        row = tl.where(pid < present, pid, -1)
-        run_begin, run_end = run_of_row(index, tl.maximum(row, 0), num_chunks)
-        begin, end = run_begin, run_end
-        if run_end - run_begin > CHUNK:
-            row = -1
-    else:
-        row, run_begin, run_end, begin, end = chunk_of(index, number, num_chunks, CHUNK)
-    if row < 0:
-        return
-
-    d = tl.arange(0, BLOCK_D)
-    label = tl.load(classes + row)
-    mu, center = centroids_of(
-        f, f_n, f_d, order, sums, centroids, seen, label, run_begin, run_end, d, dim, momentum, CHUNK, BLOCK_N, BLOCK_D
-    )
-    at = row.to(tl.int64) * dim + d
-    table = tl.cast(num_rows, tl.int64) * dim
-    if begin == run_begin:
-        tl.store(tables + at, center, mask=d < dim)
-        tl.store(tables + 2 * table + at, mu, mask=d < dim)
-        rounded = round_to(mu, low.dtype.element_ty)
-        tl.store(low + at, rounded, mask=d < dim)
-        logit = tl.sum(rounded.to(WIDE) * load_row(weight, label, w_k, w_d, d, dim, WIDE))
-        if bias is not None:
-            logit += tl.load(bias + label).to(WIDE)
-        tl.store(own + row, logit)
-
-    share = 1 / (present.to(WIDE) * (run_end - run_begin).to(WIDE))
-    views: tl.constexpr = 1 if g is None else 2
-    strength = scalar(alpha, WIDE) * (2 // views) * share
+    """(pull_sum, squared hinges of the clean view, of the noisy one) of sorted positions begin..end-1; writes pull."""
+    WIDE: tl.constexpr = centroid.dtype
+    VIEWS: tl.constexpr = 1 if g is None else 2
+    weight = scalar(alpha, WIDE) * (2 // VIEWS) * sample_share
     delta = scalar(delta_var, WIDE)
+    pull_sum = tl.zeros((BLOCK_D,), WIDE)
     compact = tl.zeros((), WIDE)
     align = tl.zeros((), WIDE)
-    pulled = tl.zeros((BLOCK_D,), WIDE)
     for p0 in range(begin, end, BLOCK_N):
         p = p0 + tl.arange(0, BLOCK_N)
         valid = p < end
         sample = tl.load(order + p, mask=valid, other=0)
-        pull_f, square, sum_f = pull_samples(f, f_n, f_d, sample, valid, d, dim, center, delta, strength, NORM)
-        compact += square
-        pulled += sum_f
+        pull_f, squares, sum_f = pull_samples(f, sample, valid, d, dim, centroid, delta, weight, NORM)
+        compact += squares
+        pull_sum += sum_f
         tl.store(pull + sample, pull_f, mask=valid)
         pull_g = tl.zeros_like(pull_f)
         if g is not None:
-            pull_g, square, sum_g = pull_samples(g, g_n, g_d, sample, valid, d, dim, center, delta, strength, NORM)
-            align += square
-            pulled += sum_g
-        tl.store(pull + num_samples + sample, pull_g, mask=valid)
+            pull_g, squares, sum_g = pull_samples(g, sample, valid, d, dim, centroid, delta, weight, NORM)
+            align += squares
+            pull_sum += sum_g
+        tl.store(pull + n + sample, pull_g, mask=valid)
+    return pull_sum, compact, align
 
-    if pid < num_rows:
-        tl.store(tables + table + at, pulled, mask=d < dim)
-        tl.store(row_terms + row, compact)
-        tl.store(row_terms + num_rows + row, align)
+
+@triton.jit(do_not_specialize=["n", "rows", "places", "chunk"])
+def variance_kernel(
+    f, g, groups, state, chunks, results, row_terms, n, dim, rows, places, chunk,
+    delta_var: tl.float64, alpha: tl.float64, momentum: tl.float64,
+    NORM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Programs 0..R-1 take the classes of few samples, the others the chunks of long ones.
+
+    Writes pull, the table of centroids, mu (where boundary_grad will be), pull_sum (where mu_grad will be), and the
+    first two of each row's terms.
+    """
+    WIDE: tl.constexpr = results.tables.dtype.element_ty
+    pid = tl.program_id(0)
+    present = tl.load(groups.counters + PRESENT)
+    place = pid - rows
+    if pid < rows:
+        row = tl.where(pid < present, pid, -1)
+        row_begin, row_end = samples_of(groups, tl.maximum(row, 0))
+        begin, end = row_begin, row_end
+        if row_end - row_begin > chunk:
+            row = -1
     else:
-        tl.store(pulls + number.to(tl.int64) * dim + d, pulled, mask=d < dim)
-        tl.store(chunk_terms + number, compact)
-        tl.store(chunk_terms + num_chunks + number, align)
+        row, row_begin, row_end, begin, end = samples_of_chunk(groups, place, chunk)
+    if row < 0:
+        return
+
+    d = tl.arange(0, BLOCK_D)
+    label = tl.load(results.classes + row)
+    count = row_end - row_begin
+    if count <= chunk:
+        total = sum_samples(f, groups.order, begin, end, d, dim, WIDE, BLOCK_N, BLOCK_D)
+    else:
+        total = add_chunks(chunks.sums, row_begin, count, chunk, d, dim, BLOCK_D)
+    mu = total / count.to(WIDE)
+    centroid = blend(mu, state, label, d, dim, momentum)
+    at = row.to(tl.int64) * dim + d
+    table = tl.cast(rows, tl.int64) * dim
+    if begin == row_begin:
+        tl.store(results.tables + at, centroid, mask=d < dim)
+        tl.store(results.tables + 2 * table + at, mu, mask=d < dim)
+    sample_share = 1 / (present.to(WIDE) * count.to(WIDE))
+    pull_sum, compact, align = pull_class(
+        f, g, groups.order, results.pull, begin, end, centroid, n, d, dim, delta_var, alpha, sample_share,
+        NORM, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    if pid < rows:
+        tl.store(results.tables + table + at, pull_sum, mask=d < dim)
+        tl.store(row_terms + row, compact)
+        tl.store(row_terms + rows + row, align)
+    else:
+        tl.store(chunks.pull_sums + place.to(tl.int64) * dim + d, pull_sum, mask=d < dim)
+        tl.store(chunks.terms + place, compact)
+        tl.store(chunks.terms + places + place, align)
 
 
 @triton.jit
-def add_chunk_terms(chunk_terms, run_begin, count, CHUNK: tl.constexpr):
-    """The squared hinges of a long run, its chunks' added in order."""
-    total = tl.zeros((), chunk_terms.dtype.element_ty)
-    number = tl.cdiv(2 * run_begin, CHUNK)
-    for chunk in range(number, number + tl.cdiv(count, CHUNK)):
-        total += tl.load(chunk_terms + chunk)
+def add_chunk_terms(terms, begin, count, chunk):
+    """The squared hinges of a long class, its chunks' added in order."""
+    total = tl.zeros((), terms.dtype.element_ty)
+    first = first_chunk(begin, chunk)
+    for place in range(first, first + tl.cdiv(count, chunk)):
+        total += tl.load(terms + place)
     return total
 
 
 @triton.jit
-def feature_gradients(
-    d_f, d_g, f, f_n, f_d, g, g_n, g_d, slot, pull, tables, grad_loss, sample, num_samples, dim, num_rows,
+def variance_backward(
+    grad_input, grad_input_noise, f, g, slot, pull, tables, grad_loss, sample, n, dim, rows,
     NORM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """df_i = grad_loss (pull direction(f_i - center) + center_grad), dg_i without center_grad; 0 for ignored ones."""
+    """df_i = grad_loss (pull direction(f_i - m_c) + mu_grad), dg_i without mu_grad; 0 for ignored samples."""
     d = tl.arange(0, BLOCK_D)
-    inside = sample < num_samples
-    row = tl.load(slot + sample, mask=inside, other=-1)
+    row = tl.load(slot + sample, mask=sample < n, other=-1)
     counted = row >= 0
-    center = load_samples(tables, dim, 1, row, counted, d, dim, tables.dtype.element_ty)
+    centroid = load_table_rows(tables, row, counted, d, dim)
     at = sample.to(tl.int64)[:, None] * dim + d[None, :]
-    mask = inside[:, None] & (d < dim)[None, :]
-    if d_f is not None:
-        grad = pull_back(f, f_n, f_d, pull, center, grad_loss, sample, counted, d, dim, NORM)
-        table = tables + tl.cast(num_rows, tl.int64) * dim
-        grad += grad_loss * load_samples(table, dim, 1, row, counted, d, dim, grad.dtype)
-        tl.store(d_f + at, grad, mask=mask)
-    if d_g is not None:
-        grad = pull_back(g, g_n, g_d, pull + num_samples, center, grad_loss, sample, counted, d, dim, NORM)
-        tl.store(d_g + at, grad, mask=mask)
+    mask = (sample < n)[:, None] & (d < dim)[None, :]
+    if grad_input is not None:
+        grad = pull_back(f, pull, centroid, grad_loss, sample, counted, d, dim, NORM)
+        mu_grad = load_table_rows(tables + tl.cast(rows, tl.int64) * dim, row, counted, d, dim)
+        tl.store(grad_input + at, grad + grad_loss * mu_grad, mask=mask)
+    if grad_input_noise is not None:
+        grad = pull_back(g, pull + n, centroid, grad_loss, sample, counted, d, dim, NORM)
+        tl.store(grad_input_noise + at, grad, mask=mask)
 
 
 @triton.jit
-def pull_back(x, stride_n, stride_d, pull, center, grad_loss, sample, counted, d, dim, NORM: tl.constexpr):
-    residual = load_samples(x, stride_n, stride_d, sample, counted, d, dim, center.dtype) - center
-    strength = grad_loss * tl.load(pull + sample, mask=counted, other=0)
-    return strength[:, None] * direction(residual, NORM)
+def pull_back(x, pull, centroid, grad_loss, sample, counted, d, dim, NORM: tl.constexpr):
+    """grad_loss pull direction(x_i - m_c) of each sample."""
+    residual = load_rows(x, sample, counted, d, dim, centroid.dtype) - centroid
+    weight = grad_loss * tl.load(pull + sample, mask=counted, other=0)
+    return weight[:, None] * direction(residual, NORM)
