@@ -6,7 +6,9 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from test_distributed import run_ranks
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from robustfast import DiscriminativeLoss, RobustClassifier
 from robustfast.functional import noisy_pair
@@ -128,6 +130,36 @@ def test_one_graph(images, kind):
             compiled(images, LABELS, IDS, draw)["loss"], module(images, LABELS, IDS, draw)["loss"]
         )
     torch.testing.assert_close(compiled._orig_mod.state_dict(), module.state_dict())
+
+
+def ddp_step(rank, begin):
+    """One step of one rank's half of the batch under DistributedDataParallel, and afterwards plain logits."""
+    begin()
+    step = build(seed=9, loss=DiscriminativeLoss(4, 6, process_group="world"))
+    ddp = DistributedDataParallel(step)
+    images, labels, ids = global_batch()
+    mine = slice(4 * rank, 4 * rank + 4)
+    for draw in (0, 1):
+        ddp.zero_grad()
+        ddp(images[mine], labels[mine], ids[mine], draw)["loss"].backward()
+    return [parameter.grad for parameter in step.parameters()], dict(step.loss.state_dict())
+
+
+def global_batch():
+    images = torch.randint(256, (8, 3, 8, 8), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    return images, torch.tensor([0, 1, 1, 3, 0, 0, 1, 2]), torch.arange(8) * 5
+
+
+def test_two_ranks_take_the_step_of_one_process(tmp_path):
+    step = build(seed=9, loss=DiscriminativeLoss(4, 6))
+    images, labels, ids = global_batch()
+    for draw in (0, 1):
+        step.zero_grad()
+        step(images, labels, ids, draw)["loss"].backward()
+    expected = [parameter.grad for parameter in step.parameters()]
+    for grads, state in map(pickle.loads, run_ranks(ddp_step, tmp_path / "store")):
+        torch.testing.assert_close(grads, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(state, dict(step.loss.state_dict()))
 
 
 def test_mistakes_are_named():
