@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from robustfast.backends import ops
+from robustfast.noise import Noise
 
 
 class Refusal(torch.autograd.Function):
@@ -82,33 +83,34 @@ class DiscriminativeLossFunction(torch.autograd.Function):
         return None, *grads[:2], None, *grads[2:], *(None,) * (len(needs) - 6)
 
 
-class NoiseFunction(torch.autograd.Function):
-    """clip(input + scale * noise); ``op`` names the distribution's op."""
+class AddNoiseFunction(torch.autograd.Function):
+    """clip(input + scale * noise)."""
 
     @staticmethod
-    def forward(ctx, backend, op, input, *settings):
-        ctx.backend, ctx.op = backend, op
-        scale, seed, sample_ids, *ctx.rest = settings
-        ctx.scale = scale
-        ctx.save_for_backward(input, seed, sample_ids)
-        return getattr(ops(backend), op)(input, *settings)
+    def forward(ctx, backend, input, distribution, *noise):
+        tensors, ctx.numbers = Noise(*noise).parted()
+        ctx.save_for_backward(input, *tensors)
+        ctx.backend, ctx.distribution = backend, distribution
+        return ops(backend).add_noise(input, distribution, *noise)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        input, seed, sample_ids = ctx.saved_tensors
-        backward = getattr(ops(ctx.backend), ctx.op + "_backward")
-        return None, None, backward(grad, input, ctx.scale, seed, sample_ids, *ctx.rest), *(None,) * 6
+        input, *tensors = ctx.saved_tensors
+        noise = Noise.joined(tensors, ctx.numbers)
+        grad_input = ops(ctx.backend).add_noise_backward(grad, input, ctx.distribution, *noise)
+        return None, grad_input, None, *(None,) * len(noise)
 
 
 class NoisyPairFunction(torch.autograd.Function):
     """(clean, noisy), both normalised."""
 
     @staticmethod
-    def forward(ctx, backend, images, std, mean, pixel_std, seed, sample_ids, draw, low, high, dtype):
-        ctx.backend, ctx.std, ctx.rest = backend, std, (draw, low, high)
-        ctx.save_for_backward(images, pixel_std, seed, sample_ids)
-        clean, noisy = ops(backend).noisy_pair(images, std, mean, pixel_std, seed, sample_ids, draw, low, high, dtype)
+    def forward(ctx, backend, images, mean, pixel_std, dtype, *noise):
+        tensors, ctx.numbers = Noise(*noise).parted()
+        ctx.save_for_backward(images, pixel_std, *tensors)
+        ctx.backend = backend
+        clean, noisy = ops(backend).noisy_pair(images, mean, pixel_std, *noise, dtype)
         if not images.is_floating_point():
             ctx.mark_non_differentiable(clean, noisy)
         return clean, noisy
@@ -116,8 +118,7 @@ class NoisyPairFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_clean, grad_noisy):
-        images, pixel_std, seed, sample_ids = ctx.saved_tensors
-        grad = ops(ctx.backend).noisy_pair_backward(
-            grad_clean, grad_noisy, images, ctx.std, pixel_std, seed, sample_ids, *ctx.rest
-        )
-        return None, grad, *(None,) * 9
+        images, pixel_std, *tensors = ctx.saved_tensors
+        noise = Noise.joined(tensors, ctx.numbers)
+        grad_images = ops(ctx.backend).noisy_pair_backward(grad_clean, grad_noisy, images, pixel_std, *noise)
+        return None, grad_images, None, None, None, *(None,) * len(noise)

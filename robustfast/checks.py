@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 from weakref import WeakSet
 
@@ -144,64 +143,6 @@ def labels(target: Tensor, num_classes: int, ignore_index: int) -> None:
             f"target: label {int(target[position])} at position {position} is outside 0..{num_classes - 1}"
             f" and is not ignore_index ({ignore_index})"
         )
-
-
-def noise(
-    input: Tensor, name: str, scale: float, sample_ids: Tensor | None, draw: int, clip: tuple[float, float] | None
-) -> tuple[float, float]:
-    """Check what the noise ops share; returns clip as two numbers, infinite where there is no bound."""
-    if input.dim() < 1:
-        raise ValueError("input: expected a batch, with samples along dimension 0, got a 0-d tensor")
-    if not (isinstance(scale, (int, float)) and math.isfinite(scale) and scale >= 0):
-        raise ValueError(f"{name}: expected a finite number >= 0, got {scale!r}")
-    if not 0 <= draw < 2**32:
-        raise ValueError(f"draw: expected 0 <= draw < 2**32, got {draw!r}")
-    if sample_ids is not None:
-        _dtype("sample_ids", sample_ids, (torch.int64,))
-        _shape("sample_ids", sample_ids, (input.shape[0],), input)
-        if readable(sample_ids) and (sample_ids < 0).any():
-            raise ValueError(f"sample_ids: expected ids >= 0, got {int(sample_ids.min())}")
-    if clip is None:
-        return -math.inf, math.inf
-    if len(clip) != 2 or not clip[0] <= clip[1]:
-        raise ValueError(f"clip: expected None or (low, high) with low <= high, got {clip!r}")
-    return float(clip[0]), float(clip[1])
-
-
-def seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
-    """The seed as a 0-d int64 tensor on the device, drawn from PyTorch's generator there if it is None."""
-    if seed is None:
-        return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
-    if isinstance(seed, Tensor):
-        _dtype("seed", seed, (torch.int64,))
-        if seed.dim() != 0 or seed.device != device:
-            raise ValueError(f"seed: expected a 0-d tensor on {device}, got {tuple(seed.shape)} on {seed.device}")
-        if readable(seed) and seed < 0:
-            raise ValueError(f"seed: expected 0 <= seed < 2**63, got {int(seed)}")
-        return seed
-    if not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise ValueError(f"seed: expected an int, 0 <= seed < 2**63, got {seed!r}")
-    # A fill runs on the device: unlike torch.tensor it copies nothing to it, so it can stand in a CUDA graph.
-    return torch.full((), seed, dtype=torch.int64, device=device)
-
-
-def channels(name: str, values: Tensor | Sequence[float], images: Tensor) -> Tensor:
-    """One float32 per channel on the images' device; a sequence is copied there once and remembered."""
-    if not isinstance(values, Tensor):
-        values = _channels_on(tuple(float(value) for value in values), images.device)
-    _shape(name, values, (images.shape[1],), images)
-    return values.float()
-
-
-_channel_cache: dict[tuple[tuple[float, ...], torch.device], Tensor] = {}
-
-
-def _channels_on(values: tuple[float, ...], device: torch.device) -> Tensor:
-    if torch.compiler.is_compiling() or device.type == "cpu":
-        return torch.tensor(values, device=device)
-    if (values, device) not in _channel_cache:
-        _channel_cache[values, device] = torch.tensor(values, device=device)
-    return _channel_cache[values, device]
 
 
 def _whole(name: str, tensor: Tensor) -> None:

@@ -9,6 +9,16 @@ from torch import Tensor
 
 from robustfast import autograd, checks, reference
 from robustfast.backends import home, ops, resolve
+from robustfast.noise import (
+    check_channels,
+    check_no_gradient,
+    check_noise,
+    check_out,
+    check_seed,
+    warn_of_images,
+    warn_of_scale,
+)
+from robustfast.ops import DISTRIBUTIONS
 from robustfast.reference import Settings, Terms
 
 __all__ = ["Terms", "discriminative_loss", "gaussian_noise", "noisy_pair", "philox_words", "uniform_noise"]
@@ -108,71 +118,96 @@ def as_arguments(settings: Settings) -> tuple[Sequence[float], Tensor | None]:
 
 def gaussian_noise(
     input: Tensor,
-    std: float,
+    std: float | Tensor,
     *,
     seed: int | Tensor | None = None,
-    sample_ids: Tensor | None = None,
-    draw: int = 0,
+    sample_ids: Tensor | Sequence[int] | None = None,
+    draw: int | Tensor = 0,
     clip: tuple[float, float] | None = (0.0, 1.0),
+    generator: torch.Generator | None = None,
+    out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """clip(input + std * eps), eps ~ N(0, 1), where eps depends on (seed, sample id, draw, position) alone.
 
     The same numbers come whatever the batch, its split over processes, the backend, the memory format and the dtype.
     Words are Philox4x32-10's (key: seed; counter: element // 4, sample id, draw), normals Box-Muller's of them.
+    Uniforms of 24 bits end the normals' tails at sqrt(48 ln 2) = 5.768: of values beyond 5 (5.5) there are 0.98 (0.79)
+    times as many as there should be. :func:`uniform_noise` of the same seed, id and draw is made from the same words,
+    and correlated with this one (-0.35): take another draw for noise that shall be independent.
 
     Args:
         input: (N, ...) floating, in any memory format; the noise of a sample is laid out in row-major order.
-        std: standard deviation >= 0, in units of input.
-        seed: an int in 0..2**63-1, a 0-d int64 tensor on input's device, or None: drawn from PyTorch's generator.
-        sample_ids: int64 (N,) >= 0, the identity of each sample in its data set; default 0..N-1.
-        draw: which of the sample's draws, 0 <= draw < 2**32 (an epoch, or a repeat in certification).
+        std: standard deviation, in units of input, 0 <= std <= 1e37; or a floating tensor of them on input's device,
+            0-d or one for each sample (N,), which nobody reads on the host. It gets a gradient from the reference only.
+        seed: an int in 0..2**63-1, a 0-d int64 tensor on input's device, or None: drawn from ``generator``.
+        sample_ids: integers (N,) >= 0, the identity of each sample in its data set; default 0..N-1.
+        draw: which of the sample's draws, 0 <= draw < 2**32 (an epoch, or a repeat in certification); or an int64
+            tensor of them on input's device, 0-d or (N,).
         clip: (low, high), or None for no clipping.
+        generator: on input's device, in the place of a seed; default PyTorch's own.
+        out: a tensor like the result, with memory of its own, which is written and returned. As in PyTorch nothing may
+            require a gradient then.
 
     Returns:
-        Like input. Its gradient is that of input where clip did not act; the noise is generated again, not stored.
+        Like input. Its gradient is that of input where low <= input + std * eps <= high; the noise is generated again,
+        not stored.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong dtype, shape, device or range.
+        TypeError, ValueError: an argument is of the wrong dtype, shape, device or range. Values of tensors are looked
+            at on the CPU only, and not under torch.compile; elsewhere they are taken as they are.
     """
-    return _noise("gaussian_noise", "std", input, std, seed, sample_ids, draw, clip, backend)
+    return _noise("gaussian", "std", input, std, seed, sample_ids, draw, clip, generator, out, backend)
 
 
 def uniform_noise(
     input: Tensor,
-    epsilon: float,
+    epsilon: float | Tensor,
     *,
     seed: int | Tensor | None = None,
-    sample_ids: Tensor | None = None,
-    draw: int = 0,
+    sample_ids: Tensor | Sequence[int] | None = None,
+    draw: int | Tensor = 0,
     clip: tuple[float, float] | None = (0.0, 1.0),
+    generator: torch.Generator | None = None,
+    out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """clip(input + u), u uniform on [-epsilon, epsilon]; arguments and guarantees as in :func:`gaussian_noise`."""
-    return _noise("uniform_noise", "epsilon", input, epsilon, seed, sample_ids, draw, clip, backend)
+    return _noise("uniform", "epsilon", input, epsilon, seed, sample_ids, draw, clip, generator, out, backend)
 
 
-def _noise(op, scale_name, input, scale, seed, sample_ids, draw, clip, backend) -> Tensor:
+def _noise(distribution, name, input, scale, seed, sample_ids, draw, clip, generator, out, backend) -> Tensor:
     checks._dtype("input", input, checks.FLOATING)
-    low, high = checks.noise(input, scale_name, scale, sample_ids, draw, clip)
-    seed = checks.seed(seed, input.device)
-    chosen = resolve(backend, input.device.type, op)
+    noise = check_noise(input, name, scale, seed, sample_ids, draw, clip, generator)
+    warn_of_scale(name, scale, noise.high - noise.low)
+    if out is not None:
+        check_out("out", out, input, input.dtype, noise)
+    chosen = resolve(backend, input.device.type, f"{distribution}_noise")
     if chosen == "reference":
-        return getattr(reference, op)(input, scale, seed=seed, sample_ids=sample_ids, draw=draw, clip=clip)
-    return autograd.NoiseFunction.apply(chosen, op, input, float(scale), seed, sample_ids, draw, low, high)
+        function = getattr(reference, f"{distribution}_noise")
+        result = function(input, noise.scale if noise.scales is None else noise.scales, **noise.keywords())
+        return result if out is None else out.copy_(result)
+    check_no_gradient(name, noise, chosen)
+    code = DISTRIBUTIONS.index(distribution)
+    if out is None:
+        return autograd.AddNoiseFunction.apply(chosen, input, code, *noise)
+    ops(chosen).add_noise_out(input, code, *noise, out)
+    return written(out)
 
 
 def noisy_pair(
     images: Tensor,
-    std: float,
+    std: float | Tensor,
     *,
     mean: Sequence[float] | Tensor,
     pixel_std: Sequence[float] | Tensor,
     seed: int | Tensor | None = None,
-    sample_ids: Tensor | None = None,
-    draw: int = 0,
+    sample_ids: Tensor | Sequence[int] | None = None,
+    draw: int | Tensor = 0,
     clip: tuple[float, float] | None = (0.0, 1.0),
     dtype: torch.dtype = torch.float32,
+    generator: torch.Generator | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The clean and the noisy view of a batch, both normalised, in one read of the images::
@@ -181,43 +216,54 @@ def noisy_pair(
         noisy = (clip(x + std * eps) - mean) / pixel_std
 
     Args:
-        images: (N, C, H, W), contiguous or channels-last: uint8, taken as x / 255, or floating in [0, 1].
-        std: standard deviation >= 0 of the noise, for x in [0, 1].
+        images: (N, C, H, W), contiguous or channels-last: uint8, taken as x / 255, or floating in [0, 1]. On the CPU a
+            warning comes, once, where the first of floating images leaves that range.
+        std: as in :func:`gaussian_noise`, for x in [0, 1].
         mean, pixel_std: one number per channel, as a sequence or as a tensor on the images' device. A sequence is
             copied there at the first call: make one before you capture a CUDA graph.
-        seed, sample_ids, draw, clip: as in :func:`gaussian_noise`, with the same noise.
+        seed, sample_ids, draw, clip, generator: as in :func:`gaussian_noise`, with the same noise.
         dtype: floating dtype of the views.
+        out: (clean, noisy) to be written and returned, as in :func:`gaussian_noise`. In a loop that is done with its
+            views at each step this saves the time that the system takes to hand out memory.
 
     Returns:
         (clean, noisy), each (N, C, H, W) in the images' memory format; floating images get gradients from both.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong dtype, shape, device or range.
+        TypeError, ValueError: as in :func:`gaussian_noise`.
     """
     checks._dtype("images", images, (torch.uint8, *checks.FLOATING))
     if images.dim() != 4:
         raise ValueError(f"images: expected shape (N, C, H, W), got {tuple(images.shape)}")
     if dtype not in checks.FLOATING:
         raise TypeError(f"dtype: expected {' or '.join(map(str, checks.FLOATING))}, got {dtype}")
-    low, high = checks.noise(images, "std", std, sample_ids, draw, clip)
-    mean, pixel_std = checks.channels("mean", mean, images), checks.channels("pixel_std", pixel_std, images)
-    seed = checks.seed(seed, images.device)
+    noise = check_noise(images, "std", std, seed, sample_ids, draw, clip, generator)
+    mean, pixel_std = check_channels("mean", mean, images), check_channels("pixel_std", pixel_std, images)
+    warn_of_scale("std", std, 1)
+    warn_of_images(images)
+    if out is not None:
+        if not isinstance(out, (tuple, list)) or len(out) != 2:
+            raise TypeError(f"out: expected (clean, noisy), got {type(out).__name__}")
+        clean, noisy = out
+        check_out("out[0]", clean, images, dtype, noise)
+        check_out("out[1]", noisy, images, dtype, noise, clean)
     chosen = resolve(backend, images.device.type, "noisy_pair")
     if chosen == "reference":
-        return reference.noisy_pair(
-            images,
-            std,
-            mean=mean,
-            pixel_std=pixel_std,
-            seed=seed,
-            sample_ids=sample_ids,
-            draw=draw,
-            clip=clip,
-            dtype=dtype,
-        )
-    return autograd.NoisyPairFunction.apply(
-        chosen, images, float(std), mean, pixel_std, seed, sample_ids, draw, low, high, dtype
-    )
+        std = noise.scale if noise.scales is None else noise.scales
+        views = reference.noisy_pair(images, std, mean=mean, pixel_std=pixel_std, dtype=dtype, **noise.keywords())
+        return views if out is None else (clean.copy_(views[0]), noisy.copy_(views[1]))
+    check_no_gradient("std", noise, chosen)
+    if out is None:
+        return autograd.NoisyPairFunction.apply(chosen, images, mean, pixel_std, dtype, *noise)
+    ops(chosen).noisy_pair_out(images, mean, pixel_std, *noise, clean, noisy)
+    return written(clean), written(noisy)
+
+
+def written(out: Tensor) -> Tensor:
+    """``out``, with autograd told that an op has written it; a compiled graph tells that itself."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(out)
+    return out
 
 
 def philox_words(seed: int | Tensor, sample_id: int, draw: int, quads: int, backend: str = "auto") -> Tensor:
@@ -231,7 +277,7 @@ def philox_words(seed: int | Tensor, sample_id: int, draw: int, quads: int, back
             f"got {sample_id}, {draw}, {quads}"
         )
     device = seed.device if isinstance(seed, Tensor) else torch.device(home(backend))
-    seed = checks.seed(seed, device)
+    seed = check_seed(seed, None, device)
     chosen = resolve(backend, device.type, "philox_words")
     if chosen == "reference":
         return reference.philox_words(seed, torch.tensor([sample_id], device=device), draw, quads)[0]

@@ -59,15 +59,16 @@ def discriminative_loss_backward(
     return gradients(input, num_classes, weight_dtype, bias_dtype, wanted)
 
 
-def noise(input: Tensor, *settings) -> Tensor:
+def add_noise(input: Tensor, *settings) -> Tensor:
     return torch.empty_like(input)
 
 
-def noise_backward(grad: Tensor, input: Tensor, *settings) -> Tensor:
+def add_noise_backward(grad: Tensor, input: Tensor, *settings) -> Tensor:
     return torch.empty_like(input)
 
 
-def noisy_pair(images: Tensor, std, mean, pixel_std, seed, sample_ids, draw, low, high, dtype) -> tuple[Tensor, Tensor]:
+def noisy_pair(images: Tensor, mean: Tensor, pixel_std: Tensor, *settings) -> tuple[Tensor, Tensor]:
+    dtype = settings[-1]
     return torch.empty_like(images, dtype=dtype), torch.empty_like(images, dtype=dtype)
 
 
@@ -75,11 +76,19 @@ def noisy_pair_backward(grad_clean, grad_noisy, images: Tensor, *settings) -> Te
     return torch.empty_like(images)
 
 
+def no_result(*settings) -> None:
+    pass
+
+
 def philox_words(seed: Tensor, sample_id, draw, quads) -> Tensor:
     return seed.new_empty((quads, 4))
 
 
-_DRAW = "Tensor seed, Tensor? sample_ids, int draw, float low, float high"
+DISTRIBUTIONS = ("gaussian", "uniform")  # an op's `distribution` is the place here
+# robustfast.noise.Noise
+_NOISE = (
+    "float scale, Tensor? scales, Tensor seed, Tensor? sample_ids, SymInt draw, Tensor? draws, float low, float high"
+)
 OPS = {
     "discriminative_loss": Op(
         "(Tensor input, Tensor? input_noise, Tensor target, Tensor weight, Tensor? bias, Tensor(a!) centroids, "
@@ -93,17 +102,19 @@ OPS = {
         "int norm, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
         discriminative_loss_backward,
     ),
-    "gaussian_noise": Op(f"(Tensor input, float std, {_DRAW}) -> Tensor", noise),
-    "gaussian_noise_backward": Op(f"(Tensor grad, Tensor input, float std, {_DRAW}) -> Tensor", noise_backward),
-    "uniform_noise": Op(f"(Tensor input, float epsilon, {_DRAW}) -> Tensor", noise),
-    "uniform_noise_backward": Op(f"(Tensor grad, Tensor input, float epsilon, {_DRAW}) -> Tensor", noise_backward),
+    "add_noise": Op(f"(Tensor input, int distribution, {_NOISE}) -> Tensor", add_noise),
+    "add_noise_out": Op(f"(Tensor input, int distribution, {_NOISE}, Tensor(a!) out) -> ()", no_result),
+    "add_noise_backward": Op(f"(Tensor grad, Tensor input, int distribution, {_NOISE}) -> Tensor", add_noise_backward),
     "noisy_pair": Op(
-        f"(Tensor images, float std, Tensor mean, Tensor pixel_std, {_DRAW}, ScalarType dtype) "
-        "-> (Tensor clean, Tensor noisy)",
+        f"(Tensor images, Tensor mean, Tensor pixel_std, {_NOISE}, ScalarType dtype) -> (Tensor clean, Tensor noisy)",
         noisy_pair,
     ),
+    "noisy_pair_out": Op(
+        f"(Tensor images, Tensor mean, Tensor pixel_std, {_NOISE}, Tensor(a!) clean, Tensor(b!) noisy) -> ()",
+        no_result,
+    ),
     "noisy_pair_backward": Op(
-        f"(Tensor grad_clean, Tensor grad_noisy, Tensor images, float std, Tensor pixel_std, {_DRAW}) -> Tensor",
+        f"(Tensor grad_clean, Tensor grad_noisy, Tensor images, Tensor pixel_std, {_NOISE}) -> Tensor",
         noisy_pair_backward,
     ),
     "philox_words": Op("(Tensor seed, int sample_id, int draw, int quads) -> Tensor", philox_words),

@@ -307,12 +307,12 @@ def write_state(centers: Tensor, rows: Rows, centroids: Tensor, seen: Tensor) ->
     seen[classes] = seen[classes] | write
 
 
-def philox_words(seed: Tensor, sample_ids: Tensor, draw: int, quads: int) -> Tensor:
+def philox_words(seed: Tensor, sample_ids: Tensor, draw: int | Tensor, quads: int) -> Tensor:
     """Philox4x32-10 words (N, quads, 4), int64, of key ``seed`` and counters (q, sample id, draw)."""
     mask = 0xFFFFFFFF
     c0 = torch.arange(quads, device=seed.device).expand(sample_ids.numel(), quads)
     c1, c2 = ((word & mask).unsqueeze(1).expand_as(c0) for word in (sample_ids, sample_ids >> 32))
-    c3 = torch.full_like(c0, draw)
+    c3 = per_sample(draw & mask, c0).expand_as(c0) if isinstance(draw, Tensor) else torch.full_like(c0, draw)
     k0, k1 = seed & mask, (seed >> 32) & mask
     for _ in range(10):
         product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # the low 64 bits are right although the sign is not
@@ -337,39 +337,39 @@ def uniforms(words: Tensor) -> Tensor:
 
 def gaussian_noise(
     input: Tensor,
-    std: float,
+    std: float | Tensor,
     *,
     seed: Tensor,
     sample_ids: Tensor | None = None,
-    draw: int = 0,
+    draw: int | Tensor = 0,
     clip: tuple[float, float] | None = (0.0, 1.0),
 ) -> Tensor:
     """See :func:`robustfast.functional.gaussian_noise`."""
-    return _add_noise(input, std, normals, seed, sample_ids, draw, clip)
+    return add_noise(input, std, normals, seed, sample_ids, draw, clip)
 
 
 def uniform_noise(
     input: Tensor,
-    epsilon: float,
+    epsilon: float | Tensor,
     *,
     seed: Tensor,
     sample_ids: Tensor | None = None,
-    draw: int = 0,
+    draw: int | Tensor = 0,
     clip: tuple[float, float] | None = (0.0, 1.0),
 ) -> Tensor:
     """See :func:`robustfast.functional.uniform_noise`."""
-    return _add_noise(input, epsilon, uniforms, seed, sample_ids, draw, clip)
+    return add_noise(input, epsilon, uniforms, seed, sample_ids, draw, clip)
 
 
 def noisy_pair(
     images: Tensor,
-    std: float,
+    std: float | Tensor,
     *,
     mean: Tensor,
     pixel_std: Tensor,
     seed: Tensor,
     sample_ids: Tensor | None = None,
-    draw: int = 0,
+    draw: int | Tensor = 0,
     clip: tuple[float, float] | None = (0.0, 1.0),
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
@@ -382,10 +382,24 @@ def noisy_pair(
     return clean, noisy
 
 
-def _add_noise(input, scale, distribution, seed, sample_ids, draw, clip):
+def add_noise(input, scale, distribution, seed, sample_ids, draw, clip) -> Tensor:
+    """clip(input + scale * distribution(words))."""
     if sample_ids is None:
         sample_ids = torch.arange(input.shape[0], device=input.device)
     size = math.prod(input.shape[1:])
     noise = distribution(philox_words(seed, sample_ids, draw, -(-size // 4))).flatten(1)[:, :size].view(input.shape)
+    if isinstance(scale, Tensor):
+        scale = per_sample(scale.float(), noise)
     noisy = input.to(torch.promote_types(input.dtype, torch.float32)) + scale * noise
-    return (noisy if clip is None else noisy.clamp(*clip)).to(input.dtype)
+    return (noisy if clip is None else clipped(noisy, *clip)).to(input.dtype)
+
+
+def per_sample(numbers: Tensor, like: Tensor) -> Tensor:
+    """0-d or (N,) numbers as they are broadcast to ``like`` (N, ...)."""
+    return numbers.reshape(-1, *(1,) * (like.dim() - 1))
+
+
+def clipped(x: Tensor, low: float, high: float) -> Tensor:
+    """x.clamp(low, high) whose gradient passes up to the bounds: clamp's there differs between versions of PyTorch."""
+    bounded = x.detach().clamp(low, high)
+    return torch.where((x >= low) & (x <= high), x, bounded) if x.requires_grad else bounded

@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from robustfast.ops import DISTRIBUTIONS
 from robustfast.reference import Settings
 from robustfast.triton_ops import device, loss, noise, search
 
@@ -51,15 +52,16 @@ def launch_loss(n: int, dim: int, classes: int, dtype: str, weight_dtype: str | 
     )
 
 
-def launch_noise(shape: list[int], dtype: str, out: str) -> None:
+def launch_noise(shape: list[int], dtype: str, out: str, per_sample: bool = False) -> None:
     images = torch.empty(shape, dtype=getattr(torch, dtype))
-    mean = torch.ones(shape[1])
-    clean, noisy = noise.noisy_pair(images, 0.1, mean, mean, SEED, None, 0, 0.0, 1.0, getattr(torch, out))
+    mean, each = torch.ones(shape[1]), torch.ones(shape[0])
+    settings = (0.1, each if per_sample else None, SEED, None, 0, each.long() if per_sample else None, 0.0, 1.0)
+    clean, noisy = noise.noisy_pair(images, mean, mean, *settings, getattr(torch, out))
     if images.is_floating_point():
-        noise.noisy_pair_backward(clean, noisy, images, 0.1, mean, SEED, None, 0, 0.0, 1.0)
-        noise.gaussian_noise_backward(images, noise.gaussian_noise(images, 0.1, SEED, None, 0, 0.0, 1.0), 0.1, SEED,
-                                      None, 0, 0.0, 1.0)  # fmt: skip
-        noise.uniform_noise(images, 0.1, SEED, None, 0, 0.0, 1.0)
+        noise.noisy_pair_backward(clean, noisy, images, mean, *settings)
+        gaussian, uniform = (DISTRIBUTIONS.index(name) for name in ("gaussian", "uniform"))
+        noise.add_noise_backward(images, noise.add_noise(images, gaussian, *settings), gaussian, *settings)
+        noise.add_noise(images, uniform, *settings)
 
 
 def caught_launches(problems: list[dict], family: str) -> list[tuple[JITFunction, tuple, dict]]:

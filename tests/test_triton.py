@@ -14,6 +14,7 @@ from loss_cases import GOLDEN, assert_close, golden_steps, random_case, run
 
 from robustfast import functional
 from robustfast.backends import backends, ops
+from robustfast.ops import DISTRIBUTIONS
 from robustfast.reference import Settings
 from robustfast.triton_ops import device, groups, loss, search
 
@@ -445,11 +446,15 @@ def test_opcheck_loss(dtype):
 def test_opcheck_noise():
     seed, ids = torch.tensor(5, device=DEVICE), torch.arange(2, device=DEVICE)
     x, mean = torch.rand(2, 3, 4, 4, device=DEVICE), torch.full((3,), 0.5, device=DEVICE)
-    for op in (OPS.gaussian_noise, OPS.uniform_noise):
-        torch.library.opcheck(op, (x, 0.1, seed, ids, 0, 0.0, 1.0))
-    torch.library.opcheck(OPS.gaussian_noise_backward, (x, x, 0.1, seed, None, 0, 0.0, 1.0))
-    torch.library.opcheck(OPS.noisy_pair, (x, 0.1, mean, mean, seed, None, 0, 0.0, 1.0, torch.bfloat16))
-    torch.library.opcheck(OPS.noisy_pair_backward, (x, x, x, 0.1, mean, seed, None, 0, 0.0, 1.0))
+    noise, each = (0.1, None, seed, ids, 0, None, 0.0, 1.0), torch.rand(2, device=DEVICE)
+    own = (0.0, each, seed, None, 0, ids, 0.0, 1.0)
+    for distribution in range(len(DISTRIBUTIONS)):
+        torch.library.opcheck(OPS.add_noise, (x, distribution, *noise))
+    torch.library.opcheck(OPS.add_noise_out, (x, 0, *own, torch.empty_like(x)))
+    torch.library.opcheck(OPS.add_noise_backward, (x, x, 0, *own))
+    torch.library.opcheck(OPS.noisy_pair, (x, mean, mean, *noise, torch.bfloat16))
+    torch.library.opcheck(OPS.noisy_pair_out, (x, mean, mean, *own, torch.empty_like(x), torch.empty_like(x)))
+    torch.library.opcheck(OPS.noisy_pair_backward, (x, x, x, mean, *noise))
     torch.library.opcheck(OPS.philox_words, (seed, 3, 1, 10))
 
 

@@ -29,6 +29,7 @@ SMALL = [loss(dim, dtype, n=64, classes=10) for dim in (77, 128, 512) for dtype 
 NOISE = [
     {"shape": [4, 3, 224, 224], "dtype": "uint8", "out": "bfloat16"},
     {"shape": [4, 3, 7, 7], "dtype": "float32", "out": "float32"},
+    {"shape": [4, 3, 224, 224], "dtype": "float32", "out": "float16", "per_sample": True},
 ]
 FEW = [loss(512, dtype) for dtype in DTYPES] + [loss(77, "float32"), loss(128, "float32", n=64, classes=10), *NOISE]
 PROBLEMS = {

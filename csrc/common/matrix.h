@@ -11,7 +11,7 @@ struct Matrix {
   Dtype dtype = Dtype::float32;
   int64_t stride = 0;
 
-  explicit operator bool() const { return data != nullptr; }
+  RF_INLINE explicit operator bool() const { return data != nullptr; }
   template <class T>
   RF_INLINE const T* row(int64_t i) const {
     return static_cast<const T*>(data) + i * stride;

@@ -7,7 +7,6 @@
 #include <immintrin.h>
 #endif
 
-#include "common/normal.h"
 #include "cpu/noise.h"
 //
 #include "cpu/each_isa.h"
@@ -32,7 +31,7 @@ void noisy_pair_backward(const Noise& noise, const Samples& samples, Matrix grad
   RF_DISPATCH(noisy_pair_backward, noise, samples, grad_clean, grad_noisy, images, pixel_std, grad_images);
 }
 
-void philox_words(uint64_t seed, uint64_t sample_id, uint32_t draw, int64_t quads, int64_t* words) {
+void philox_words(const int64_t* seed, int64_t sample_id, int64_t draw, int64_t quads, int64_t* words) {
   RF_DISPATCH(philox_words, seed, sample_id, draw, quads, words);
 }
 
@@ -43,10 +42,12 @@ void philox_words(uint64_t seed, uint64_t sample_id, uint32_t draw, int64_t quad
 namespace robustfast {
 namespace RF_ISA {
 
-constexpr int64_t granule = 32;             // quads made at a time: whole vectors on every instruction set, so that an
-                                            // element's bits do not depend on where in a loop it stands
-constexpr int64_t piece_elements = 1024;    // 4 KiB of noise, and a few times that of operands
-constexpr int64_t thread_elements = 16384;  // less is not worth waking a thread
+constexpr int64_t granule = 32;  // quads made at a time: whole vectors on every instruction set, so that an
+                                 // element's bits do not depend on where in a loop it stands
+constexpr int64_t line_elements = 4 * granule;  // of noise made at a time
+constexpr int64_t piece_elements = 1024;        // 4 KiB of noise, and a few times that of operands
+constexpr int64_t tile_elements = 16384;        // a piece whose channels must be interleaved may be as large
+constexpr int64_t thread_elements = 16384;      // less is not worth waking a thread
 
 // A batch whose results leave the caches before anybody reads them. They are written past the caches then, except by
 // AVX-512, which stores whole lines, and those are not read first.
@@ -127,32 +128,24 @@ struct Granule {
   }
 };
 
-// scale * noise of `quads` quads, and of more up to whole granules.
-template <Pair (*transform)(uint32_t, uint32_t, float)>
-void fill(const Noise& noise, uint64_t sample_id, int64_t quad, int64_t quads, float* __restrict out) {
+// scale * noise of `quads` quads of a sample, and of more up to whole granules.
+template <Distribution distribution>
+void fill(uint64_t seed, const SampleNoise& sample, int64_t quad, int64_t quads, float* __restrict out) {
   for (int64_t q = 0; q < quads; q += granule) {
-    const Granule words(noise.seed, sample_id, noise.draw, quad + q);
+    const Granule words(seed, sample.sample_id, sample.draw, quad + q);
     for (int64_t i = 0; i < 2 * granule; ++i) {
-      const Pair pair = transform(words.even[i], words.odd[i], noise.scale);
+      const Pair pair = transform<distribution, Polynomials>(words.even[i], words.odd[i], sample.scale);
       out[4 * q + 2 * i] = pair.first;
       out[4 * q + 2 * i + 1] = pair.second;
     }
   }
 }
 
-inline void fill(const Noise& noise, uint64_t sample_id, int64_t quad, int64_t quads, float* out) {
-  if (noise.distribution == Distribution::gaussian) {
-    fill<box_muller<Polynomials> >(noise, sample_id, quad, quads, out);
-  } else {
-    fill<uniform_pair>(noise, sample_id, quad, quads, out);
-  }
-}
-
-void philox_words(uint64_t seed, uint64_t sample_id, uint32_t draw, int64_t quads, int64_t* words) {
+void philox_words(const int64_t* seed, int64_t sample_id, int64_t draw, int64_t quads, int64_t* words) {
   parallel_for(0, round_up(quads, granule) / granule, thread_elements / granule,
                [=](int64_t from, int64_t to) RF_TARGET_LAMBDA {
                  for (int64_t quad = from * granule; quad < std::min(to * granule, quads); quad += granule) {
-                   const Granule made(seed, sample_id, draw, quad);
+                   const Granule made(*seed, sample_id, draw, quad);
                    const int64_t pairs = 2 * std::min(granule, quads - quad);
                    for (int64_t i = 0; i < pairs; ++i) {
                      words[4 * quad + 2 * i] = made.even[i];
@@ -164,44 +157,74 @@ void philox_words(uint64_t seed, uint64_t sample_id, uint32_t draw, int64_t quad
 
 // ---- pieces of the batch ----
 
-// `count` elements of a sample in memory order, from `first` on, with their noise, and space for as many operands.
+// `count` neighbouring elements of a sample in memory, from `first` on, with their noise, and space for as many
+// operands.
 template <class Wide>
 struct Piece {
-  int64_t sample, channel, first, count;  // channel: that of all elements, or 0 where channels are interleaved
+  int64_t sample, channel, first, count;  // channel: of the first element, and of all where they are not interleaved
   const float* noise;
   Wide* space[4];
   bool streamed;  // whether results go past the caches
 };
 
-// How samples are cut: every plane into blocks, or where channels are interleaved all planes together.
+// How samples are cut into tiles of `channels` by `length` elements of each.
+//
+// Pieces of a tile are its planes, or where channels are interleaved its pixels; one piece if these are neighbours in
+// memory, because a pixel has all channels. Small planes share a tile: noise is made in lines that are longer than
+// they.
 struct Cut {
-  int64_t planes, interleaved;  // planes cut alone, and channels in a block: one of them is 1
-  int64_t length, blocks;       // of a block in elements per channel, and in a plane
+  int64_t channels, length;
+  int64_t channel_tiles, length_tiles;
+  bool whole_planes, whole_pixels;
 
-  explicit Cut(const Samples& samples)
-      : planes(samples.channels_last ? 1 : samples.channels),
-        interleaved(samples.channels_last ? samples.channels : 1),
-        length(std::max(piece_elements / interleaved / (4 * granule), int64_t(1)) * (4 * granule)),
-        blocks(round_up(samples.plane, length) / length) {}
-  int64_t elements() const { return length * interleaved; }
-  int64_t space() const { return elements() + length + 4 * granule; }  // for fill_block
+  explicit Cut(const Samples& samples) : channels(samples.channels) {
+    const bool small = samples.plane <= piece_elements / 2;
+    if (samples.channels_last) {
+      channels = std::min(channels, small ? tile_elements / samples.plane / 16 * 16 : 64);
+    } else {
+      channels = std::min(channels, small ? piece_elements / samples.plane : 1);
+    }
+    length = std::max(piece_elements / channels / line_elements, int64_t(1)) * line_elements;
+    length = small ? samples.plane : std::min(length, samples.plane);
+    channel_tiles = (samples.channels + channels - 1) / channels;
+    length_tiles = (samples.plane + length - 1) / length;
+    whole_planes = length == samples.plane;
+    whole_pixels = channels == samples.channels;
+  }
+  int64_t elements() const { return channels * length; }
+  int64_t space() const { return round_up(elements() + line_elements + 4, 16); }  // with what `fill` makes too much
 };
 
-// Noise of `count` elements of a sample from `begin` on. Gives where in `space` they start.
-inline const float* fill_from(const Noise& noise, uint64_t sample_id, int64_t begin, int64_t count, float* space) {
-  const int64_t skip = begin % 4;
-  fill(noise, sample_id, begin / 4, (skip + count + 3) / 4, space);
-  return space + skip;
-}
+// Makes noise of one sample.
+struct Source {
+  void (*fill)(uint64_t seed, const SampleNoise& sample, int64_t quad, int64_t quads, float* out);
+  uint64_t seed;
+  SampleNoise sample;
 
-// The same of a block, `first` counting in the plane, in memory order.
-inline const float* fill_block(const Noise& noise, const Samples& samples, uint64_t sample_id, int64_t channel,
-                               int64_t first, int64_t count, float* space) {
-  if (!samples.channels_last) return fill_from(noise, sample_id, channel * samples.plane + first, count, space);
-  float* plane = space + Cut(samples).elements();
-  for (int64_t c = 0; c < samples.channels; ++c) {
-    const float* values = fill_from(noise, sample_id, c * samples.plane + first, count, plane);
-    for (int64_t i = 0; i < count; ++i) space[i * samples.channels + c] = values[i];
+  // Of `count` elements from `begin` on. Gives where in `space` they start.
+  const float* elements(int64_t begin, int64_t count, float* space) const {
+    const int64_t skip = begin % 4;
+    fill(seed, sample, begin / 4, (skip + count + 3) / 4, space);
+    return space + skip;
+  }
+};
+
+// The noise of a tile from `channel` and, in its plane, `first` on, in the order of memory.
+inline const float* fill_tile(const Source& source, const Samples& samples, const Cut& cut, int64_t channel,
+                              int64_t channels, int64_t first, int64_t count, float* space) {
+  const int64_t begin = channel * samples.plane + first;
+  if (!samples.channels_last) return source.elements(begin, channels * count, space);
+  float* const made = space + cut.space();
+  if (cut.whole_planes) {  // which follow each other
+    const float* values = source.elements(begin, channels * count, made);
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t c = 0; c < channels; ++c) space[i * channels + c] = values[c * count + i];
+    }
+  } else {
+    for (int64_t c = 0; c < channels; ++c) {
+      const float* values = source.elements(begin + c * samples.plane, count, made);
+      for (int64_t i = 0; i < count; ++i) space[i * channels + c] = values[i];
+    }
   }
   return space;
 }
@@ -240,25 +263,36 @@ std::unique_ptr<Line<T>[]> lines(int64_t elements) {
 // Calls body(piece) for all pieces of the batch, in threads.
 template <class Wide, class Body>
 void for_each_piece(const Noise& noise, const Samples& samples, const Body& body) {
+  if (samples.count == 0) return;
   const Cut cut(samples);
-  const int64_t unit_elements = std::min(cut.length, samples.plane) * cut.interleaved;
-  const int64_t grain = thread_elements / std::max(unit_elements, int64_t(1)) + 1;
-  parallel_for(0, samples.count * cut.planes * cut.blocks, grain, [&](int64_t from, int64_t to) {
-    const auto numbers = lines<float>(cut.space());
-    const auto operands = lines<Wide>(4 * cut.elements());
+  const auto fill_of = visit(noise.distribution, [](auto of) { return &fill<decltype(of)::value>; });
+  const uint64_t seed = *noise.seed;
+  const int64_t tiles = samples.count * cut.channel_tiles * cut.length_tiles;
+  parallel_for(0, tiles, thread_elements / cut.elements() + 1, [&](int64_t from, int64_t to) {
+    const auto numbers = lines<float>(2 * cut.space());
+    const auto operands = lines<Wide>(4 * cut.space());
     Piece<Wide> piece;
     piece.streamed = samples.count * samples.channels * samples.plane >= streamed_elements;
-    for (int k = 0; k < 4; ++k) piece.space[k] = operands[0].values + k * cut.elements();
-    for (int64_t unit = from; unit < to; ++unit) {
-      const int64_t plane = unit / cut.blocks, first = unit % cut.blocks * cut.length;
-      const int64_t count = std::min(cut.length, samples.plane - first);
-      piece.sample = plane / cut.planes;
-      piece.channel = plane % cut.planes;
-      piece.first = piece.channel * samples.plane + first * cut.interleaved;
-      piece.count = count * cut.interleaved;
-      const uint64_t id = noise.sample_ids ? noise.sample_ids[piece.sample] : piece.sample;
-      piece.noise = fill_block(noise, samples, id, piece.channel, first, count, numbers[0].values);
-      body(piece);
+    for (int k = 0; k < 4; ++k) piece.space[k] = operands[0].values + k * cut.space();
+    for (int64_t tile = from; tile < to; ++tile) {
+      const int64_t row = tile / cut.length_tiles, first = tile % cut.length_tiles * cut.length;
+      piece.sample = row / cut.channel_tiles;
+      piece.channel = row % cut.channel_tiles * cut.channels;
+      const int64_t channels = std::min(cut.channels, samples.channels - piece.channel);
+      const int64_t length = std::min(cut.length, samples.plane - first);
+      const Source source = {fill_of, seed, of_sample(noise, piece.sample)};
+      piece.noise = fill_tile(source, samples, cut, piece.channel, channels, first, length, numbers[0].values);
+      int64_t pieces = channels, channel_step = 1, step = samples.plane;  // planes
+      piece.first = piece.channel * samples.plane + first;
+      if (samples.channels_last) {  // pixels
+        pieces = cut.whole_pixels ? 1 : length, channel_step = 0, step = samples.channels;
+        piece.first = first * samples.channels + piece.channel;
+      }
+      piece.count = channels * length / pieces;
+      for (int64_t k = 0; k < pieces; ++k) {
+        body(piece);
+        piece.channel += channel_step, piece.first += step, piece.noise += piece.count;
+      }
     }
     if (piece.streamed) end_stream();
   });
@@ -375,7 +409,7 @@ struct Same {
 
 template <class Wide>
 std::vector<Wide> interleave(const std::vector<Wide>& per_channel, const Samples& samples) {
-  std::vector<Wide> each(samples.channels_last ? Cut(samples).elements() : 0);
+  std::vector<Wide> each(samples.channels_last ? std::max(samples.channels, Cut(samples).elements()) : 0);
   for (size_t i = 0; i < each.size(); ++i) each[i] = per_channel[i % per_channel.size()];
   return each;
 }
@@ -422,7 +456,7 @@ void noisy_pair_as(const Noise& noise, const Samples& samples, Matrix images, co
       const auto run_with = [&](auto scale, auto shift) {
         normalize(piece.count, piece.noise, Clip<Wide>(noise), x, scale, shift, first, second);
       };
-      samples.channels_last ? run_with(each_scale.data(), each_shift.data())
+      samples.channels_last ? run_with(each_scale.data() + piece.channel, each_shift.data() + piece.channel)
                             : run_with(Same<Wide>{scales[piece.channel]}, Same<Wide>{shifts[piece.channel]});
     };
     images.dtype == Dtype::uint8 ? run(images.row<uint8_t>(piece.sample) + piece.first)
@@ -444,7 +478,7 @@ void noisy_pair_backward_as(const Noise& noise, const Samples& samples, Matrix g
     const auto run = [&](auto scale) {
       normalize_backward(piece.count, piece.noise, Clip<Wide>(noise), first, second, x, scale, grad_x);
     };
-    samples.channels_last ? run(each_scale.data()) : run(Same<Wide>{scales[piece.channel]});
+    samples.channels_last ? run(each_scale.data() + piece.channel) : run(Same<Wide>{scales[piece.channel]});
     store(piece, grad_x, grad_images);
   });
 }

@@ -51,16 +51,7 @@ cudaError_t discriminative_loss(const LossParams& params, void* scratch, cudaStr
 size_t discriminative_loss_backward_scratch(const LossBackwardParams& params);
 cudaError_t discriminative_loss_backward(const LossBackwardParams& params, void* scratch, cudaStream_t stream);
 
-// The noise, as in cpu/noise.h but for the seed, which is on the device.
-struct Noise {
-  Distribution distribution;
-  float scale;
-  const int64_t* seed;
-  const int64_t* sample_ids;
-  uint32_t draw;
-  double low, high;
-};
-
+// The noise, as in cpu/noise.h.
 cudaError_t add_noise(const Noise& noise, const Samples& samples, Matrix input, Output noisy, cudaStream_t stream);
 cudaError_t add_noise_backward(const Noise& noise, const Samples& samples, Matrix grad, Matrix input, Output grad_input,
                                cudaStream_t stream);
@@ -68,7 +59,7 @@ cudaError_t noisy_pair(const Noise& noise, const Samples& samples, Matrix images
                        const float* pixel_std, Output clean, Output noisy, cudaStream_t stream);
 cudaError_t noisy_pair_backward(const Noise& noise, const Samples& samples, Matrix grad_clean, Matrix grad_noisy,
                                 Matrix images, const float* pixel_std, Output grad_images, cudaStream_t stream);
-cudaError_t philox_words(const int64_t* seed, int64_t sample_id, uint32_t draw, int64_t quads, int64_t* words,
+cudaError_t philox_words(const int64_t* seed, int64_t sample_id, int64_t draw, int64_t quads, int64_t* words,
                          cudaStream_t stream);
 
 }  // namespace robustfast::cuda

@@ -13,7 +13,6 @@ namespace {
 
 constexpr int noise_threads = 256;
 constexpr int64_t max_groups = int64_t(1) << 30;  // what indices of 32 bits count, and threads past the end
-constexpr Distribution gaussian = Distribution::gaussian, uniform = Distribution::uniform;
 
 // ---- what is computed of an element ----
 
@@ -57,7 +56,7 @@ struct AddBackward {
 template <class F>
 struct NormalizedPair {
   using Wide = F;
-  static constexpr Distribution distribution = gaussian;
+  static constexpr Distribution distribution = Distribution::gaussian;
   static constexpr int inputs = 1, outputs = 2;  // images; clean, noisy
   Clip<Wide> clip;
   const float *mean, *pixel_std;
@@ -78,7 +77,7 @@ struct NormalizedPair {
 template <class F>
 struct NormalizedPairBackward {
   using Wide = F;
-  static constexpr Distribution distribution = gaussian;
+  static constexpr Distribution distribution = Distribution::gaussian;
   static constexpr int inputs = 3, outputs = 1;  // grad_clean, grad_noisy, images
   Clip<Wide> clip;
   const float* pixel_std;
@@ -94,23 +93,14 @@ struct NormalizedPairBackward {
 
 // ---- the noise of an element ----
 
-template <Distribution distribution>
-RF_DEVICE Pair transform(uint32_t w0, uint32_t w1, float scale) {
-  return distribution == gaussian ? box_muller<Approximations>(w0, w1, scale) : uniform_pair(w0, w1, scale);
-}
-
 // Four numbers, times the scale: those of elements 4 quad ... 4 quad + 3 of a sample.
 template <Distribution distribution>
-RF_DEVICE void quad_noise(const Noise& noise, uint64_t seed, uint64_t sample_id, uint32_t quad, float (&value)[4]) {
-  const Words words = philox4x32({quad, uint32_t(sample_id), uint32_t(sample_id >> 32), noise.draw}, uint32_t(seed),
-                                 uint32_t(seed >> 32));
-  const Pair first = transform<distribution>(words.w0, words.w1, noise.scale);
-  const Pair second = transform<distribution>(words.w2, words.w3, noise.scale);
+RF_DEVICE void quad_noise(uint64_t seed, const SampleNoise& sample, uint32_t quad, float (&value)[4]) {
+  const Words words = philox4x32({quad, uint32_t(sample.sample_id), uint32_t(sample.sample_id >> 32), sample.draw},
+                                 uint32_t(seed), uint32_t(seed >> 32));
+  const Pair first = transform<distribution, Approximations>(words.w0, words.w1, sample.scale);
+  const Pair second = transform<distribution, Approximations>(words.w2, words.w3, sample.scale);
   value[0] = first.first, value[1] = first.second, value[2] = second.first, value[3] = second.second;
-}
-
-RF_DEVICE uint64_t id_of(const Noise& noise, int64_t sample) {
-  return noise.sample_ids ? uint64_t(noise.sample_ids[sample]) : uint64_t(sample);
 }
 
 template <class Wide, class T>
@@ -189,9 +179,9 @@ struct Groups {
   Divider of_plane, planes;
 };
 
-// A group's sample by its id, its channel (the first one) and the first of its quads in that.
+// A group's sample, its channel (the first one) and the first of its quads in that.
 struct Place {
-  uint64_t id;
+  SampleNoise sample;
   uint32_t channel, quad;
 };
 
@@ -199,12 +189,11 @@ template <int size, int interleaved>
 RF_DEVICE Place place_of(uint32_t group, const Groups& groups, const Noise& noise) {
   const uint32_t plane = groups.of_plane.divide(group), sample = groups.planes.divide(plane);
   const uint32_t channel = (plane - sample * groups.planes.divisor) * interleaved;  // 0 where they are interleaved
-  return {id_of(noise, sample), channel, (group - plane * groups.of_plane.divisor) * (size / 4)};
+  return {of_sample(noise, sample), channel, (group - plane * groups.of_plane.divisor) * (size / 4)};
 }
 
 template <class Op, class In, class Out, int interleaved>
-RF_DEVICE void compute_group(const Op& op, const Noise& noise, uint64_t seed, const Place& place,
-                             uint32_t quads_of_plane,
+RF_DEVICE void compute_group(const Op& op, uint64_t seed, const Place& place, uint32_t quads_of_plane,
                              const Elements<In, interleaved * group_size<Out>> (&in)[Op::inputs],
                              Elements<Out, interleaved * group_size<Out>> (&out)[Op::outputs]) {
   using Wide = typename Op::Wide;
@@ -215,7 +204,7 @@ RF_DEVICE void compute_group(const Op& op, const Noise& noise, uint64_t seed, co
     RF_UNROLL
     for (int quad = 0; quad < group_size<Out> / 4; ++quad) {
       float values[4];
-      quad_noise<Op::distribution>(noise, seed, place.id, first_quad + quad, values);
+      quad_noise<Op::distribution>(seed, place.sample, first_quad + quad, values);
       RF_UNROLL
       for (int k = 0; k < 4; ++k) {
         const int at = (4 * quad + k) * interleaved + c;
@@ -252,8 +241,7 @@ __global__ void __launch_bounds__(noise_threads, interleaved == 1 && sizeof(type
   Elements<Out, count> out[rounds][Op::outputs];
   RF_UNROLL
   for (int r = 0; r < rounds; ++r) {
-    compute_group<Op, In, Out, interleaved>(op, noise, seed, places[r], groups.of_plane.divisor * (size / 4), in[r],
-                                            out[r]);
+    compute_group<Op, In, Out, interleaved>(op, seed, places[r], groups.of_plane.divisor * (size / 4), in[r], out[r]);
   }
   RF_UNROLL
   for (int r = 0; r < rounds; ++r) {
@@ -286,7 +274,7 @@ __global__ void __launch_bounds__(noise_threads, 3)
   const int64_t sample = thread / quads, quad = thread - sample * quads;
   if (sample >= samples.count) return;
   float values[4];
-  quad_noise<Op::distribution>(noise, uint64_t(*noise.seed), id_of(noise, sample), uint32_t(quad), values);
+  quad_noise<Op::distribution>(uint64_t(*noise.seed), of_sample(noise, sample), uint32_t(quad), values);
   RF_UNROLL
   for (int k = 0; k < 4; ++k) {
     const int64_t e = 4 * quad + k;
@@ -305,12 +293,12 @@ __global__ void __launch_bounds__(noise_threads, 3)
 }
 
 __global__ void __launch_bounds__(noise_threads)
-    words_kernel(const int64_t* seed, int64_t sample_id, uint32_t draw, int64_t quads, int64_t* words) {
+    words_kernel(const int64_t* seed, int64_t sample_id, int64_t draw, int64_t quads, int64_t* words) {
   const int64_t quad = int64_t(blockIdx.x) * noise_threads + threadIdx.x;
   if (quad >= quads) return;
   const uint64_t key = uint64_t(*seed), id = uint64_t(sample_id);
-  const Words made =
-      philox4x32({uint32_t(quad), uint32_t(id), uint32_t(id >> 32), draw}, uint32_t(key), uint32_t(key >> 32));
+  const Words made = philox4x32({uint32_t(quad), uint32_t(id), uint32_t(id >> 32), uint32_t(draw)}, uint32_t(key),
+                                uint32_t(key >> 32));
   words[4 * quad] = made.w0, words[4 * quad + 1] = made.w1;
   words[4 * quad + 2] = made.w2, words[4 * quad + 3] = made.w3;
 }
@@ -407,7 +395,7 @@ cudaError_t add_noise(const Noise& noise, const Samples& samples, Matrix input, 
       return run_same(op, noise, samples, Operands<decltype(op)>{{input}, {noisy}}, stream);
     };
     const auto clip = clip_of<Wide>(noise);
-    return noise.distribution == gaussian ? run(Add<Wide, gaussian>{clip}) : run(Add<Wide, uniform>{clip});
+    return visit(noise.distribution, [&](auto of) { return run(Add<Wide, decltype(of)::value>{clip}); });
   });
 }
 
@@ -419,8 +407,7 @@ cudaError_t add_noise_backward(const Noise& noise, const Samples& samples, Matri
       return run_same(op, noise, samples, Operands<decltype(op)>{{grad, input}, {grad_input}}, stream);
     };
     const auto clip = clip_of<Wide>(noise);
-    return noise.distribution == gaussian ? run(AddBackward<Wide, gaussian>{clip})
-                                          : run(AddBackward<Wide, uniform>{clip});
+    return visit(noise.distribution, [&](auto of) { return run(AddBackward<Wide, decltype(of)::value>{clip}); });
   });
 }
 
@@ -455,7 +442,7 @@ cudaError_t noisy_pair_backward(const Noise& noise, const Samples& samples, Matr
   });
 }
 
-cudaError_t philox_words(const int64_t* seed, int64_t sample_id, uint32_t draw, int64_t quads, int64_t* words,
+cudaError_t philox_words(const int64_t* seed, int64_t sample_id, int64_t draw, int64_t quads, int64_t* words,
                          cudaStream_t stream) {
   if (quads == 0) return cudaSuccess;
   return launch(words_kernel, blocks_of(quads), noise_threads, 0, stream, seed, sample_id, draw, quads, words);

@@ -1,9 +1,10 @@
-// The noise ops' results and layouts, for the bindings of every device.
+// The noise ops for every device, whose bindings say how to run a kernel there.
 #pragma once
 
 #include <algorithm>
 #include <array>
 #include <optional>
+#include <tuple>
 
 #include "common/noise.h"
 #include "ops/memory.h"
@@ -18,7 +19,7 @@ inline Tensor empty_like(const Tensor& tensor, std::optional<ScalarType> dtype) 
                                     from(std::nullopt), from(std::nullopt), from(std::nullopt)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
   const Tensor made = torch::stable::detail::to<Tensor>(stack[0]);
-  return made.is_cpu() ? recycled(made) : made;
+  return made.is_cpu() ? with_huge_pages(made) : made;
 }
 
 enum class Layout { row_major, channels_last, other };
@@ -36,13 +37,16 @@ inline Layout layout(const Tensor& tensor) {
   return tensor.dim() > 2 && strides[1] == 1 && dense(2, sizes[1]) ? Layout::channels_last : Layout::other;
 }
 
-// A result of the op, and what a kernel writes for it: the same, unless a kernel does not know its layout.
+// A result of an op, and what a kernel writes for it: the same, unless a kernel does not know its layout.
 struct Result {
   Tensor tensor, written;
 
-  Result(const Tensor& like, ScalarType dtype)
-      : tensor(empty_like(like, dtype)),
-        written(layout(tensor) == Layout::other ? torch::stable::new_empty(like, like.sizes(), dtype) : tensor) {}
+  explicit Result(const Tensor& tensor)
+      : tensor(tensor),
+        written(layout(tensor) == Layout::other ? torch::stable::new_empty(tensor, tensor.sizes()) : tensor) {}
+  Result(const Tensor& tensor, const Result& beside)  // in that one's layout
+      : tensor(tensor),
+        written(layout(tensor) == layout(beside.written) ? tensor : empty_like(beside.written, std::nullopt)) {}
 
   Output output() const { return {written.mutable_data_ptr(), dtype_of(written), written.stride(0)}; }
 
@@ -61,7 +65,108 @@ struct Result {
     return {count, channels, written.numel() / (count * channels), channels_last};
   }
 
-  Tensor finish() { return written.get() == tensor.get() ? tensor : torch::stable::copy_(tensor, written); }
+  void finish() {
+    if (written.get() != tensor.get()) torch::stable::copy_(tensor, written);
+  }
 };
+
+// A number for each sample, or one (0-d) for all.
+inline Matrix per_sample(const std::optional<Tensor>& values) {
+  if (!values) return {};
+  return {values->const_data_ptr(), dtype_of(*values), values->dim() == 0 ? 0 : values->stride(0)};
+}
+
+inline Noise noise_of(Distribution distribution, double scale, const std::optional<Tensor>& scales, const Tensor& seed,
+                      const std::optional<Tensor>& sample_ids, int64_t draw, const std::optional<Tensor>& draws,
+                      double low, double high) {
+  return {distribution, data<int64_t>(seed), float(scale),           per_sample(scales),
+          draw,         per_sample(draws),   per_sample(sample_ids), low,
+          high};
+}
+
+// The ops of a device. `Device` is made from a tensor there, runs a kernel with arguments, and names the kernels;
+// Settings are the types of noise_of's arguments after the first.
+template <class Device, class... Settings>
+struct NoiseOpsOf {
+  static void add_noise_out(const Tensor& input, int64_t distribution, Settings... settings, const Tensor& out) {
+    const Device run(input);
+    const Noise noise = noise_of(Distribution(distribution), settings...);
+    Result result(out);
+    const Tensor x = result.match(input);
+    run(Device::add_noise, noise, result.samples(false), matrix(x), result.output());
+    result.finish();
+  }
+
+  static Tensor add_noise(const Tensor& input, int64_t distribution, Settings... settings) {
+    const Tensor out = empty_like(input, std::nullopt);
+    add_noise_out(input, distribution, settings..., out);
+    return out;
+  }
+
+  static Tensor add_noise_backward(const Tensor& grad, const Tensor& input, int64_t distribution,
+                                   Settings... settings) {
+    const Device run(input);
+    const Noise noise = noise_of(Distribution(distribution), settings...);
+    Result result(empty_like(input, std::nullopt));
+    const Tensor g = result.match(grad), x = result.match(input);
+    run(Device::add_noise_backward, noise, result.samples(false), matrix(g), matrix(x), result.output());
+    result.finish();
+    return result.tensor;
+  }
+
+  static void noisy_pair_out(const Tensor& images, const Tensor& mean, const Tensor& pixel_std, Settings... settings,
+                             const Tensor& clean_out, const Tensor& noisy_out) {
+    const Device run(images);
+    const Noise noise = noise_of(Distribution::gaussian, settings...);
+    Result clean(clean_out), noisy(noisy_out, clean);
+    const Tensor x = clean.match(images), m = torch::stable::contiguous(mean), s = torch::stable::contiguous(pixel_std);
+    run(Device::noisy_pair, noise, clean.samples(true), matrix(x), data<float>(m), data<float>(s), clean.output(),
+        noisy.output());
+    clean.finish();
+    noisy.finish();
+  }
+
+  static std::tuple<Tensor, Tensor> noisy_pair(const Tensor& images, const Tensor& mean, const Tensor& pixel_std,
+                                               Settings... settings, ScalarType dtype) {
+    const Tensor clean = empty_like(images, dtype), noisy = empty_like(images, dtype);
+    noisy_pair_out(images, mean, pixel_std, settings..., clean, noisy);
+    return {clean, noisy};
+  }
+
+  static Tensor noisy_pair_backward(const Tensor& grad_clean, const Tensor& grad_noisy, const Tensor& images,
+                                    const Tensor& pixel_std, Settings... settings) {
+    const Device run(images);
+    const Noise noise = noise_of(Distribution::gaussian, settings...);
+    Result result(empty_like(images, std::nullopt));
+    const Tensor x = result.match(images), clean = result.match(grad_clean), noisy = result.match(grad_noisy);
+    const Tensor s = torch::stable::contiguous(pixel_std);
+    run(Device::noisy_pair_backward, noise, result.samples(true), matrix(clean), matrix(noisy), matrix(x),
+        data<float>(s), result.output());
+    result.finish();
+    return result.tensor;
+  }
+
+  static Tensor philox_words(const Tensor& seed, int64_t sample_id, int64_t draw, int64_t quads) {
+    const Device run(seed);
+    const Tensor words = empty({quads, 4}, ScalarType::Long, seed);
+    run(Device::philox_words, data<int64_t>(seed), sample_id, draw, quads, data<int64_t>(words));
+    return words;
+  }
+
+  template <class Library>
+  static void implement(Library& library) {
+    library.impl("add_noise", TORCH_BOX(&NoiseOpsOf::add_noise));
+    library.impl("add_noise_out", TORCH_BOX(&NoiseOpsOf::add_noise_out));
+    library.impl("add_noise_backward", TORCH_BOX(&NoiseOpsOf::add_noise_backward));
+    library.impl("noisy_pair", TORCH_BOX(&NoiseOpsOf::noisy_pair));
+    library.impl("noisy_pair_out", TORCH_BOX(&NoiseOpsOf::noisy_pair_out));
+    library.impl("noisy_pair_backward", TORCH_BOX(&NoiseOpsOf::noisy_pair_backward));
+    library.impl("philox_words", TORCH_BOX(&NoiseOpsOf::philox_words));
+  }
+};
+
+template <class Device>
+using NoiseOps = NoiseOpsOf<Device, double, const std::optional<Tensor>&, const Tensor&, const std::optional<Tensor>&,
+                            int64_t, const std::optional<Tensor>&, double, double>;
 
 }  // namespace robustfast

@@ -1,6 +1,4 @@
 // The noise ops on CUDA.
-#include <tuple>
-
 #include "cuda/kernels.h"
 #include "ops/device.h"
 #include "ops/noise.h"
@@ -8,84 +6,22 @@
 namespace robustfast {
 namespace {
 
-// The noise of an op's arguments, where they are; keeps the memory of the sample ids.
-struct NoiseArguments {
-  std::optional<Tensor> ids;
-  cuda::Noise noise;
+struct Cuda : OnDevice {
+  static constexpr auto *add_noise = cuda::add_noise, *add_noise_backward = cuda::add_noise_backward;
+  static constexpr auto* noisy_pair = cuda::noisy_pair;
+  static constexpr auto* noisy_pair_backward = cuda::noisy_pair_backward;
+  static constexpr auto* philox_words = cuda::philox_words;
 
-  NoiseArguments(Distribution distribution, double scale, const Tensor& seed, const std::optional<Tensor>& sample_ids,
-                 int64_t draw, double low, double high)
-      : ids(sample_ids ? std::optional(torch::stable::contiguous(*sample_ids)) : std::nullopt),
-        noise{distribution, float(scale), data<int64_t>(seed), ids ? data<int64_t>(*ids) : nullptr, uint32_t(draw),
-              low,          high} {}
+  using OnDevice::OnDevice;
+
+  template <class Kernel, class... Arguments>
+  void operator()(Kernel* kernel, const Arguments&... arguments) const {
+    check(kernel(arguments..., stream()));
+  }
 };
-
-template <Distribution distribution>
-Tensor noisy(const Tensor& input, double scale, const Tensor& seed, const std::optional<Tensor>& sample_ids,
-             int64_t draw, double low, double high) {
-  const OnDevice device(input);
-  const NoiseArguments arguments(distribution, scale, seed, sample_ids, draw, low, high);
-  Result result(input, input.scalar_type());
-  const Tensor x = result.match(input);
-  check(cuda::add_noise(arguments.noise, result.samples(false), matrix(x), result.output(), device.stream()));
-  return result.finish();
-}
-
-template <Distribution distribution>
-Tensor noisy_backward(const Tensor& grad, const Tensor& input, double scale, const Tensor& seed,
-                      const std::optional<Tensor>& sample_ids, int64_t draw, double low, double high) {
-  const OnDevice device(input);
-  const NoiseArguments arguments(distribution, scale, seed, sample_ids, draw, low, high);
-  Result result(input, input.scalar_type());
-  const Tensor g = result.match(grad), x = result.match(input);
-  check(cuda::add_noise_backward(arguments.noise, result.samples(false), matrix(g), matrix(x), result.output(),
-                                 device.stream()));
-  return result.finish();
-}
-
-std::tuple<Tensor, Tensor> pair(const Tensor& images, double std, const Tensor& mean, const Tensor& pixel_std,
-                                const Tensor& seed, const std::optional<Tensor>& sample_ids, int64_t draw, double low,
-                                double high, ScalarType dtype) {
-  const OnDevice device(images);
-  const NoiseArguments arguments(Distribution::gaussian, std, seed, sample_ids, draw, low, high);
-  Result clean(images, dtype), noisy(images, dtype);
-  const Tensor x = clean.match(images), m = torch::stable::contiguous(mean), s = torch::stable::contiguous(pixel_std);
-  check(cuda::noisy_pair(arguments.noise, clean.samples(true), matrix(x), data<float>(m), data<float>(s),
-                         clean.output(), noisy.output(), device.stream()));
-  return {clean.finish(), noisy.finish()};
-}
-
-Tensor pair_backward(const Tensor& grad_clean, const Tensor& grad_noisy, const Tensor& images, double std,
-                     const Tensor& pixel_std, const Tensor& seed, const std::optional<Tensor>& sample_ids, int64_t draw,
-                     double low, double high) {
-  const OnDevice device(images);
-  const NoiseArguments arguments(Distribution::gaussian, std, seed, sample_ids, draw, low, high);
-  Result result(images, images.scalar_type());
-  const Tensor x = result.match(images), clean = result.match(grad_clean), noisy = result.match(grad_noisy);
-  const Tensor s = torch::stable::contiguous(pixel_std);
-  check(cuda::noisy_pair_backward(arguments.noise, result.samples(true), matrix(clean), matrix(noisy), matrix(x),
-                                  data<float>(s), result.output(), device.stream()));
-  return result.finish();
-}
-
-Tensor words(const Tensor& seed, int64_t sample_id, int64_t draw, int64_t quads) {
-  const OnDevice device(seed);
-  const Tensor result = empty({quads, 4}, ScalarType::Long, seed);
-  check(cuda::philox_words(data<int64_t>(seed), sample_id, uint32_t(draw), quads, data<int64_t>(result),
-                           device.stream()));
-  return result;
-}
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(RF_CUDA_LIBRARY, RF_CUDA_KEY, m) {
-  m.impl("gaussian_noise", TORCH_BOX(&noisy<Distribution::gaussian>));
-  m.impl("gaussian_noise_backward", TORCH_BOX(&noisy_backward<Distribution::gaussian>));
-  m.impl("uniform_noise", TORCH_BOX(&noisy<Distribution::uniform>));
-  m.impl("uniform_noise_backward", TORCH_BOX(&noisy_backward<Distribution::uniform>));
-  m.impl("noisy_pair", TORCH_BOX(&pair));
-  m.impl("noisy_pair_backward", TORCH_BOX(&pair_backward));
-  m.impl("philox_words", TORCH_BOX(&words));
-}
+STABLE_TORCH_LIBRARY_IMPL(RF_CUDA_LIBRARY, RF_CUDA_KEY, m) { NoiseOps<Cuda>::implement(m); }
 
 }  // namespace robustfast

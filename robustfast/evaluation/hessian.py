@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from robustfast import checks
 from robustfast.evaluation.models import Model, checked_images, checked_labels, evaluating, logits_of, positive
 from robustfast.functional import gaussian_noise, uniform_noise
+from robustfast.noise import check_channels
 
 JACOBIAN_BYTES = 2**28  # of the Jacobians held at a time; beyond it classes are taken in chunks
 
@@ -351,4 +351,4 @@ def _unit(vectors: Tensor) -> Tensor:
 def _pixel_scale(pixel_std: Sequence[float] | None, images: Tensor) -> Tensor:
     if pixel_std is None:
         return images.new_ones(1, 1, 1)
-    return checks.channels("pixel_std", pixel_std, images).to(images.dtype).view(-1, 1, 1)
+    return check_channels("pixel_std", pixel_std, images).to(images.dtype).view(-1, 1, 1)

@@ -7,6 +7,7 @@ quads are samples, or planes of a sample where channels matter; a row's elements
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from robustfast.ops import DISTRIBUTIONS
 from robustfast.triton_ops.device import processor
 from robustfast.triton_ops.elements import narrow, scalar
 
@@ -102,11 +104,12 @@ def wide_product(word, MULTIPLIER: tl.constexpr, HARDWARE: tl.constexpr):
 
 
 @triton.jit
-def words(seed, sample, draw, quad, HARDWARE: tl.constexpr):
+def words(seed, sample_id, draw, quad, HARDWARE: tl.constexpr):
     """The four words of Philox4x32-10, uint32, of key seed and counters (quad, sample low, sample high, draw)."""
     seed = tl.load(seed)
     k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
-    c0, c1, c2, c3 = quad.to(tl.uint32), sample.to(tl.uint32), (sample >> 32).to(tl.uint32), tl.cast(draw, tl.uint32)
+    c0, c1, c2 = quad.to(tl.uint32), sample_id.to(tl.uint32), (sample_id >> 32).to(tl.uint32)
+    c3 = tl.cast(draw, tl.uint32)
     for _ in tl.static_range(10):
         first, second = wide_product(c0, 0xD2511F53, HARDWARE), wide_product(c2, 0xCD9E8D57, HARDWARE)
         c0, c2 = (second >> 32).to(tl.uint32) ^ c1 ^ k0, (first >> 32).to(tl.uint32) ^ c3 ^ k1
@@ -150,6 +153,13 @@ class Quads(NamedTuple):
 
 
 TILE = 512  # quads of a program: 16 elements a thread
+GAUSSIAN = tl.constexpr(DISTRIBUTIONS.index("gaussian"))
+UNIFORM = tl.constexpr(DISTRIBUTIONS.index("uniform"))
+# Numbers that change from call to call, and the places of small tensors: no kernel is compiled anew for them.
+UNSPECIALIZED = {
+    "do_not_specialize": ["scale_step", "id_step", "draw", "draw_step", "samples", "sample_id", "quads"],
+    "do_not_specialize_on_alignment": ["scales", "seed", "sample_ids", "draws", "mean", "pixel_std"],
+}
 
 
 def quads(x: Tensor, with_channels: bool) -> Quads:
@@ -174,10 +184,6 @@ def dense(x: Tensor) -> Tensor:
     return x if last or x.is_contiguous() else x.contiguous()
 
 
-def listed(sample_ids: Tensor | None) -> Tensor | None:
-    return None if sample_ids is None else sample_ids.contiguous()
-
-
 def laid_out(grad: Tensor, like: Tensor) -> Tensor:
     """grad with the strides of ``like``."""
     return grad if grad.stride() == like.stride() else torch.empty_like(like, dtype=grad.dtype).copy_(grad)
@@ -192,62 +198,88 @@ def wide_dtype(*dtypes: torch.dtype) -> tl.dtype:
     return tl.float64 if torch.float64 in dtypes else tl.float32
 
 
-def _add_noise(x, grad, scale, draw, normal):
+def step(values: Tensor | None) -> int:
+    """Between the numbers of two samples, in elements; 0 where there is one for all."""
+    return 0 if values is None or values.dim() == 0 else values.stride(0)
+
+
+def noise_arguments(scale, scales, seed, sample_ids, draw, draws, low, high) -> tuple:
+    """The arguments of :func:`noise_of`, from those of the ops, and the bounds."""
+    return (scale, scales, step(scales), seed, sample_ids, step(sample_ids), draw, draws, step(draws), low, high)
+
+
+def add_noise_out(input: Tensor, distribution: int, *rest) -> None:
+    *noise, out = rest
+    source = dense(input)
+    _add_noise(source, None, distribution, noise, direct := directly(out, source))
+    if direct is not out:
+        out.copy_(direct)
+
+
+def directly(out: Tensor, source: Tensor) -> Tensor:
+    """``out`` if its elements lie as those of ``source``, else memory where they do."""
+    return out if out.stride() == source.stride() else torch.empty_like(source, dtype=out.dtype)
+
+
+def add_noise(input: Tensor, distribution: int, *noise) -> Tensor:
+    source = dense(input)
+    return restored(_add_noise(source, None, distribution, noise, torch.empty_like(source)), input)
+
+
+def add_noise_backward(grad: Tensor, input: Tensor, distribution: int, *noise) -> Tensor:
+    source = dense(input)
+    grad = laid_out(grad, source)
+    return restored(_add_noise(source, grad, distribution, noise, torch.empty_like(source)), input)
+
+
+def _add_noise(source: Tensor, grad: Tensor | None, distribution: int, noise: Sequence, out: Tensor) -> Tensor:
     """clip(x + scale noise), or where a gradient is given, this where clip did not act."""
-    seed, sample_ids, *rest = draw
-    draw, source = (seed, listed(sample_ids), *rest), dense(x)
-    out = torch.empty_like(source)
     cut = quads(source, with_channels=False)
-    if x.numel() > 0:
+    if source.numel() > 0:
         add_noise_kernel[cut.grid](
-            out, source, None if grad is None else laid_out(grad, source), scale, *draw, *cut.arguments,
-            WIDE=wide_dtype(x.dtype), NORMAL=normal, **cut.constants,
+            out, source, grad, *noise_arguments(*noise), *cut.arguments, WIDE=wide_dtype(source.dtype),
+            DISTRIBUTION=distribution, **cut.constants,
         )  # fmt: skip
-    return restored(out, x)
+    return out
 
 
-def gaussian_noise(input: Tensor, std: float, *draw) -> Tensor:
-    return _add_noise(input, None, std, draw, normal=True)
+def noisy_pair_out(images: Tensor, mean: Tensor, pixel_std: Tensor, *rest) -> None:
+    *noise, clean, noisy = rest
+    source = dense(images)
+    views = [directly(view, source) for view in (clean, noisy)]
+    _noisy_pair(source, mean, pixel_std, noise, *views)
+    for view, direct in zip((clean, noisy), views, strict=True):
+        if direct is not view:
+            view.copy_(direct)
 
 
-def gaussian_noise_backward(grad: Tensor, input: Tensor, std: float, *draw) -> Tensor:
-    return _add_noise(input, grad, std, draw, normal=True)
-
-
-def uniform_noise(input: Tensor, epsilon: float, *draw) -> Tensor:
-    return _add_noise(input, None, epsilon, draw, normal=False)
-
-
-def uniform_noise_backward(grad: Tensor, input: Tensor, epsilon: float, *draw) -> Tensor:
-    return _add_noise(input, grad, epsilon, draw, normal=False)
-
-
-def noisy_pair(
-    images: Tensor, std: float, mean: Tensor, pixel_std: Tensor, seed: Tensor, sample_ids: Tensor | None, draw: int,
-    low: float, high: float, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def noisy_pair(images: Tensor, mean: Tensor, pixel_std: Tensor, *rest) -> tuple[Tensor, Tensor]:
+    *noise, dtype = rest
     source = dense(images)
     clean, noisy = torch.empty_like(source, dtype=dtype), torch.empty_like(source, dtype=dtype)
-    cut = quads(source, with_channels=True)
-    if images.numel() > 0:
-        noisy_pair_kernel[cut.grid](
-            clean, noisy, source, mean.contiguous(), pixel_std.contiguous(), std, seed, listed(sample_ids), draw,
-            low, high, *cut.arguments, WIDE=wide_dtype(dtype), **cut.constants,
-        )  # fmt: skip
+    _noisy_pair(source, mean, pixel_std, noise, clean, noisy)
     return restored(clean, images), restored(noisy, images)
 
 
-def noisy_pair_backward(
-    grad_clean: Tensor, grad_noisy: Tensor, images: Tensor, std: float, pixel_std: Tensor, seed: Tensor,
-    sample_ids: Tensor | None, draw: int, low: float, high: float,
-) -> Tensor:  # fmt: skip
+def _noisy_pair(
+    source: Tensor, mean: Tensor, pixel_std: Tensor, noise: Sequence, clean: Tensor, noisy: Tensor
+) -> None:  # fmt: skip
+    cut = quads(source, with_channels=True)
+    if source.numel() > 0:
+        noisy_pair_kernel[cut.grid](
+            clean, noisy, source, mean.contiguous(), pixel_std.contiguous(), *noise_arguments(*noise),
+            *cut.arguments, WIDE=wide_dtype(clean.dtype), **cut.constants,
+        )  # fmt: skip
+
+
+def noisy_pair_backward(grad_clean: Tensor, grad_noisy: Tensor, images: Tensor, pixel_std: Tensor, *noise) -> Tensor:
     source = dense(images)
     out = torch.empty_like(source)
     cut = quads(source, with_channels=True)
     if images.numel() > 0:
         noisy_pair_backward_kernel[cut.grid](
-            out, laid_out(grad_clean, source), laid_out(grad_noisy, source), source, pixel_std.contiguous(), std, seed,
-            listed(sample_ids), draw, low, high, *cut.arguments, WIDE=wide_dtype(grad_clean.dtype), **cut.constants,
+            out, laid_out(grad_clean, source), laid_out(grad_noisy, source), source, pixel_std.contiguous(),
+            *noise_arguments(*noise), *cut.arguments, WIDE=wide_dtype(grad_clean.dtype), **cut.constants,
         )  # fmt: skip
     return restored(out, images)
 
@@ -256,7 +288,7 @@ def philox_words(seed: Tensor, sample_id: int, draw: int, quads: int) -> Tensor:
     out = seed.new_empty((quads, 4))
     if quads > 0:
         words_kernel[(triton.cdiv(quads, TILE),)](
-            out, seed, sample_id, draw, quads, HARDWARE=has_nvidia_instructions(seed.device), BLOCK=TILE
+            out, seed, sample_id, draw, quads, HARDWARE=has_nvidia_instructions(seed.device), BLOCK=TILE, **ROUNDED
         )  # fmt: skip
     return out
 
@@ -289,16 +321,27 @@ def locate(
 
 
 @triton.jit
-def noise_of(scale, seed, sample_ids, sample, samples, draw, quad, NORMAL: tl.constexpr, HARDWARE: tl.constexpr):
+def of_sample(value, values, step, sample, samples):
+    """A sample's number: its own of ``values``, or the same for all."""
+    if values is not None:
+        value = tl.load(values + sample.to(tl.int64) * step, mask=sample < samples, other=0)
+    return value
+
+
+@triton.jit
+def noise_of(
+    scale, scales, scale_step, seed, sample_ids, id_step, draw, draws, draw_step, sample, samples, quad,
+    DISTRIBUTION: tl.constexpr, HARDWARE: tl.constexpr,
+):  # fmt: skip
     """scale times four float32 noise values for each quad, side by side."""
-    name = sample.to(tl.int64)
-    if sample_ids is not None:
-        name = tl.load(sample_ids + sample, mask=sample < samples, other=0)
-    w0, w1, w2, w3 = words(seed, name, draw, quad, HARDWARE)
-    if NORMAL:
+    sample_id = of_sample(sample.to(tl.int64), sample_ids, id_step, sample, samples)
+    scale = of_sample(scale, scales, scale_step, sample, samples)
+    w0, w1, w2, w3 = words(seed, sample_id, of_sample(draw, draws, draw_step, sample, samples), quad, HARDWARE)
+    if DISTRIBUTION == GAUSSIAN:
         n0, n1 = box_muller(w0, w1, scale, HARDWARE)
         n2, n3 = box_muller(w2, w3, scale, HARDWARE)
     else:
+        tl.static_assert(DISTRIBUTION == UNIFORM, "there is no such distribution")
         n0, n1, n2, n3 = scale * uniform(w0), scale * uniform(w1), scale * uniform(w2), scale * uniform(w3)
     return interleave4(n0, n1, n2, n3)
 
@@ -310,18 +353,22 @@ def clip(x, low, high):
     return tl.minimum(x, high, propagate_nan=tl.PropagateNan.ALL)
 
 
-@triton.jit
+@triton.jit(**UNSPECIALIZED)
 def add_noise_kernel(
-    out, x, grad, scale, seed, sample_ids, draw: tl.int64, low: tl.float64, high: tl.float64,
+    out, x, grad, scale, scales, scale_step: tl.int64, seed, sample_ids, id_step: tl.int64, draw: tl.int64, draws,
+    draw_step: tl.int64, low: tl.float64, high: tl.float64,
     samples, channels, plane, stride_n, stride_c, stride_p,
-    WIDE: tl.constexpr, NORMAL: tl.constexpr, PLANAR: tl.constexpr, INDEX: tl.constexpr,
+    WIDE: tl.constexpr, DISTRIBUTION: tl.constexpr, PLANAR: tl.constexpr, INDEX: tl.constexpr,
     HARDWARE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     sample, quad, at, mask, _ = locate(
         channels, plane, stride_n, stride_c, stride_p, samples, PLANAR, INDEX, BLOCK_R, BLOCK_Q
     )
     value = tl.load(x + at, mask=mask, other=0).to(WIDE)
-    value += noise_of(scale, seed, sample_ids, sample, samples, draw, quad, NORMAL, HARDWARE).to(WIDE)
+    value += noise_of(
+        scale, scales, scale_step, seed, sample_ids, id_step, draw, draws, draw_step, sample, samples, quad,
+        DISTRIBUTION, HARDWARE,
+    ).to(WIDE)  # fmt: skip
     low, high = scalar(low, WIDE), scalar(high, WIDE)
     if grad is not None:
         value = tl.where((value >= low) & (value <= high), tl.load(grad + at, mask=mask, other=0).to(WIDE), 0.0)
@@ -339,9 +386,10 @@ def read_image(images, at, mask, WIDE: tl.constexpr):
     return image.to(WIDE)
 
 
-@triton.jit
+@triton.jit(**UNSPECIALIZED)
 def noisy_pair_kernel(
-    clean, noisy, images, mean, pixel_std, std, seed, sample_ids, draw: tl.int64, low: tl.float64, high: tl.float64,
+    clean, noisy, images, mean, pixel_std, scale, scales, scale_step: tl.int64, seed, sample_ids, id_step: tl.int64,
+    draw: tl.int64, draws, draw_step: tl.int64, low: tl.float64, high: tl.float64,
     samples, channels, plane, stride_n, stride_c, stride_p,
     WIDE: tl.constexpr, PLANAR: tl.constexpr, INDEX: tl.constexpr, HARDWARE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr,
@@ -350,7 +398,10 @@ def noisy_pair_kernel(
         channels, plane, stride_n, stride_c, stride_p, samples, PLANAR, INDEX, BLOCK_R, BLOCK_Q
     )
     value = read_image(images, at, mask, WIDE)
-    noise = noise_of(std, seed, sample_ids, sample, samples, draw, quad, True, HARDWARE).to(WIDE)
+    noise = noise_of(
+        scale, scales, scale_step, seed, sample_ids, id_step, draw, draws, draw_step, sample, samples, quad, GAUSSIAN,
+        HARDWARE,
+    ).to(WIDE)  # fmt: skip
     channel = tl.minimum(channel, channels - 1)
     inverse = 1 / tl.load(pixel_std + channel).to(WIDE)
     shift = -tl.load(mean + channel).to(WIDE) * inverse
@@ -359,10 +410,11 @@ def noisy_pair_kernel(
     tl.store(noisy + at, tl.fma(value, inverse, shift), mask=mask)
 
 
-@triton.jit
+@triton.jit(**UNSPECIALIZED)
 def noisy_pair_backward_kernel(
-    d_images, grad_clean, grad_noisy, images, pixel_std, std, seed, sample_ids, draw: tl.int64, low: tl.float64,
-    high: tl.float64, samples, channels, plane, stride_n, stride_c, stride_p,
+    grad_images, grad_clean, grad_noisy, images, pixel_std, scale, scales, scale_step: tl.int64, seed, sample_ids,
+    id_step: tl.int64, draw: tl.int64, draws, draw_step: tl.int64, low: tl.float64, high: tl.float64,
+    samples, channels, plane, stride_n, stride_c, stride_p,
     WIDE: tl.constexpr, PLANAR: tl.constexpr, INDEX: tl.constexpr, HARDWARE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
@@ -370,15 +422,18 @@ def noisy_pair_backward_kernel(
         channels, plane, stride_n, stride_c, stride_p, samples, PLANAR, INDEX, BLOCK_R, BLOCK_Q
     )
     value = read_image(images, at, mask, WIDE)
-    value += noise_of(std, seed, sample_ids, sample, samples, draw, quad, True, HARDWARE).to(WIDE)
+    value += noise_of(
+        scale, scales, scale_step, seed, sample_ids, id_step, draw, draws, draw_step, sample, samples, quad, GAUSSIAN,
+        HARDWARE,
+    ).to(WIDE)  # fmt: skip
     passes = (value >= scalar(low, WIDE)) & (value <= scalar(high, WIDE))
     grad = tl.load(grad_clean + at, mask=mask, other=0).to(WIDE)
     grad += tl.where(passes, tl.load(grad_noisy + at, mask=mask, other=0).to(WIDE), 0.0)
     grad /= tl.load(pixel_std + tl.minimum(channel, channels - 1)).to(WIDE)
-    tl.store(d_images + at, narrow(grad, d_images.dtype.element_ty), mask=mask)
+    tl.store(grad_images + at, narrow(grad, grad_images.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(**UNSPECIALIZED)
 def words_kernel(
     out, seed, sample_id: tl.int64, draw: tl.int64, quads, HARDWARE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
