@@ -78,12 +78,14 @@ def lines(
     if not xs or not ys:
         return _frame(title, f'<text class="note" x="{WIDTH / 2}" y="{HEIGHT / 2}" text-anchor="middle">no data</text>')
     low, high = y_range or _bounds(ys, log_y)
-    x_low, x_high = (min(xs), max(xs)) if log_x else _padded(min(xs), max(xs))
+    x_low, x_high = (min(xs) / 1.2, max(xs) * 1.2) if log_x else _padded(min(xs), max(xs))
     across = Scale(x_low, x_high, LEFT, WIDTH - RIGHT, log_x)
     up = Scale(low, high, HEIGHT - BOTTOM, TOP, log_y)
     body = [_axes(across, up, x_label, y_label, percent)]
     if diagonal:
-        body.append(f'<line class="note" x1="{across(0):.1f}" y1="{up(0):.1f}" x2="{across(1):.1f}" y2="{up(1):.1f}"/>')
+        start, end = max(x_low, low), min(x_high, high)
+        place = f'x1="{across(start):.1f}" y1="{up(start):.1f}" x2="{across(end):.1f}" y2="{up(end):.1f}"'
+        body.append(f'<line class="note" {place}/>')
     for value, note in x_marks:
         x = across(value)
         body.append(f'<line class="note" x1="{x:.1f}" y1="{TOP}" x2="{x:.1f}" y2="{HEIGHT - BOTTOM}"/>')

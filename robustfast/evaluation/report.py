@@ -23,7 +23,7 @@ from robustfast.evaluation.table import Columns
 from robustfast.extras import needed
 
 BASELINE = "normal"
-PROJECTED, WORST = 400, 12  # images in a projection, and of the worst shown
+PROJECTED, WORST = 400, 10  # images in a projection, and of the worst shown
 
 
 class Evaluated(NamedTuple):
