@@ -253,3 +253,13 @@ def test_page_in_a_browser(place, tmp_path, width):
     fits, widths, loaded = json.loads(title[1])
     assert fits and loaded, "nothing is wider than the window but what scrolls within it"
     assert len(widths) == len(FIGURES) + 2 and min(widths) > 300
+
+
+def test_code_of_the_documentation_runs(place, capsys):
+    classifier = load_classifier("discriminative-0")
+    _, test, _ = data.load("npz:tiny.npz")
+    names = {"net": classifier.model, "images": test.pixels / 255, "labels": test.labels, "ids": torch.arange(40)}
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/evaluation.md").read_text(), re.M | re.S)
+    for block in blocks:
+        exec(compile(block, "docs/evaluation.md", "exec"), names)
+    assert len(blocks) == 2 and names["counts"].max() <= 10 and (place / "mine/images.npz").exists()
