@@ -1,7 +1,8 @@
 """Compiles the Triton kernels that problems launch, for a GPU that need not be there, and prints reports as JSON.
 
 The launchers run as they would on the GPU, on CPU tensors that nothing computes; each launch is caught, and compiled
-with the specialisations Triton would give it. Usage: compile_triton.py TARGET < list of problems, TARGET of TARGETS.
+with the specialisations Triton would give it. Usage: compile_triton.py TARGET < list of problems, TARGET of TARGETS;
+or compile_triton.py kinds: nothing is compiled, and printed is how many kernels would be, for each way of sorting.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import triton
@@ -78,6 +80,60 @@ def caught_launches(problems: list[dict], family: str) -> list[tuple[JITFunction
     return launches
 
 
+class Kernel:
+    """Stands for a compiled kernel, and takes no arguments that Triton would compile another one for."""
+
+    def __init__(self, kernel: JITFunction, args: tuple, options: dict) -> None:
+        assert "enable_fp_fusion" in options, f"{kernel.__name__}: whether sums are fused is left to Triton's version"
+        self.binder = create_function_from_signature(kernel.signature, kernel.params, make_backend(TARGETS["sm_90"][0]))
+        self.specialization = self.binder(*args, **options)[1]
+        self.made.add(f"{kernel.__name__} {self.specialization}")
+
+    made: ClassVar[set[str]] = set()
+
+    def __getitem__(self, grid: tuple[int, int, int]):
+        return self.launch
+
+    def launch(self, *args) -> None:
+        assert self.binder(*args)[1] == self.specialization
+
+
+def kernels_for_batches(sizes: list[int]) -> int:
+    """How many kernels batches of these sizes need, in slices that begin anywhere, of labels too."""
+    JITFunction.run = lambda self, *args, grid, warmup, **options: Kernel(self, args, options)
+    loss.processor = search.processor = lambda _: device.Processor(132, "hopper")
+    device._compiled.clear()
+    Kernel.made.clear()
+    classes, dim = 1000, 64
+    weight, target = torch.empty(classes, dim), torch.zeros(max(sizes) + 9, dtype=torch.int64)
+    state = torch.empty(classes, dim), torch.empty(classes, dtype=torch.bool)
+    features = torch.empty(max(sizes) + 9, dim)
+    for first, n in enumerate(sizes):
+        f, y = features[first : first + n], target[first : first + n]
+        value, _, *saved = loss.discriminative_loss(
+            f, f, y, weight, None, *state, list(Settings()), None, 2, True, -100
+        )
+        loss.discriminative_loss_backward(value, f, f, *saved, classes, f.dtype, f.dtype, 2, [True] * 4)
+    return len(Kernel.made)
+
+
+def kernels_for_others() -> int:
+    """As many for arguments that need their own: other dtypes, strides, alignments, and none."""
+    weight, state = torch.empty(300, 77), (torch.empty(300, 77), torch.empty(300, dtype=torch.bool))
+    every = torch.empty(40, 160)
+    for f in (every[:, :77], every[:, 1:78], every[:, :154:2], every[:, :77].half(), every[:1, :77].expand(40, 77)):
+        for g in (None, f, f.contiguous()):
+            for y in (torch.zeros(40, dtype=torch.uint8), torch.zeros(80, dtype=torch.int32)[::2]):
+                for bias in (None, weight[:, 0].contiguous(), torch.empty(300).half(), torch.empty(301)[1:]):
+                    for ignore in (-100, 2**40):
+                        arguments = f, g, y, weight, bias, *state, list(Settings()), None, 2, True, ignore
+                        value, _, *saved = loss.discriminative_loss(*arguments)
+                        wanted = [True, g is not None, True, bias is not None]
+                        dtypes = weight.dtype, weight.dtype if bias is None else bias.dtype
+                        loss.discriminative_loss_backward(value, f, g, *saved, 300, *dtypes, 2, wanted)
+    return len(Kernel.made)
+
+
 def unique_sources(launches, target: GPUTarget) -> dict[str, tuple[ASTSource, dict]]:
     """By name and everything that is compiled in: the specialisations Triton's own launch would choose."""
     backend = make_backend(target)
@@ -133,6 +189,14 @@ def resources(cubin: bytes) -> tuple[int, int]:
 if __name__ == "__main__":
     assert os.environ.get("TRITON_INTERPRET") != "1", "kernels are compiled here, not interpreted"
     name = sys.argv[1]
+    if name == "kinds":
+        ways = [
+            [500 + i for i in range(13)],
+            [*range(1000, 1009), 1016, 1024, 2000],
+            [20001, 20002, 20004, 20016, 30000],
+        ]
+        print(json.dumps([*(kernels_for_batches(sizes) for sizes in ways), kernels_for_others()]))
+        sys.exit()
     target, family = TARGETS[name]
     sources = unique_sources(caught_launches(json.load(sys.stdin), family), target)
     print(json.dumps([report(source, options, name) for source, options in sources.values()]))

@@ -41,24 +41,34 @@ PROBLEMS = {
 }
 
 
+def run_script(argument: str, problems: list[dict], cache: Path):
+    """What compile_triton.py prints, where kernels are not interpreted."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    script = Path(__file__).with_name("compile_triton.py")
+    result = subprocess.run(
+        [sys.executable, script, argument], input=json.dumps(problems), env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
     """The compiler's report of every kernel that the launchers choose for these problems, by target."""
 
     def compile_for(target: str) -> list[dict]:
-        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-        environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp(target))
-        environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-        script = Path(__file__).with_name("compile_triton.py")
-        result = subprocess.run(
-            [sys.executable, script, target], input=json.dumps(PROBLEMS[target]), env=environment, capture_output=True,
-            text=True,
-        )  # fmt: skip
-        assert result.returncode == 0, result.stderr
-        return json.loads(result.stdout)
+        return run_script(target, PROBLEMS[target], tmp_path_factory.mktemp(target))
 
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(TARGETS, pool.map(compile_for, TARGETS), strict=True))
+
+
+def test_batches_of_other_sizes_need_no_other_kernels(tmp_path):
+    """And what `launch` takes for compiled is what Triton would have taken, fused sums or not stated by all."""
+    one_program, compared, sorted_by_torch, _ = run_script("kinds", [], tmp_path)
+    assert (one_program, compared, sorted_by_torch) == (8, 9, 9)
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from robustfast import checks
-from robustfast.triton_ops.device import FUSED
+from robustfast.triton_ops.device import FUSED, cdiv, launch, next_power_of_2
 
 PRESENT = tl.constexpr(0)  # P, the number of rows
 FINISHED = tl.constexpr(1)  # programs of the last kernel that are through
@@ -36,7 +36,7 @@ class Groups(NamedTuple):
 
 def chunk_size(n: int) -> int:
     """Samples of a class that one program takes: enough programs for the device even if all have one label."""
-    return 16 * max(1, triton.cdiv(n, 2048))
+    return 16 * max(1, cdiv(n, 2048))
 
 
 def chunk_places(n: int) -> int:
@@ -51,13 +51,15 @@ def group(target: Tensor, slot: Tensor, pull: Tensor, classes: Tensor, num_class
     n, rows = target.shape[0], classes.shape[1]
     places, chunk = chunk_places(n), chunk_size(n)
     compared = n <= COMPARED
+    kind = target.dtype, target.get_device(), target.stride(0), pull.dtype, compared, ignore_index
     # Parts begin at multiples of 16 bytes, whatever the sizes: kernels are compiled for that.
     parts = [-(-size // 4) * 4 for size in (COUNTERS.value, rows + 1, places, *((n, n) if compared else ()))]
     counters, begin, chunk_row, *sorted_ = target.new_empty(sum(parts), dtype=torch.int32).split(parts)
     if not compared:
         labels = torch.empty_like(slot)
         groups = Groups(counters, begin, chunk_row, labels)
-        label_kernel[(triton.cdiv(n, 1024),)](
+        launch(
+            label_kernel, (cdiv(n, 1024),), kind,
             target, target.stride(0), groups, labels, classes, n, num_classes, rows, places, ignore_index,
             BLOCK=1024, **ASSERTING,
         )  # fmt: skip
@@ -68,19 +70,22 @@ def group(target: Tensor, slot: Tensor, pull: Tensor, classes: Tensor, num_class
         groups = Groups(counters, begin, chunk_row, order)
         key = tl.int32 if (num_classes + 2) * n < 2**31 else tl.int64
         if n <= ONE_PROGRAM:
-            block = max(16, triton.next_power_of_2(n))
-            group_kernel[(1,)](
+            block = max(16, next_power_of_2(n))
+            launch(
+                group_kernel, (1,), kind,
                 target, target.stride(0), groups, ordered, slot, pull, classes, n, num_classes, rows, places, chunk,
                 ignore_index, KEY=key, BLOCK=block, num_warps=max(1, min(8, block // 32)), **ASSERTING,
             )  # fmt: skip
             return groups
-        rank_kernel[(triton.cdiv(n, 64),)](
+        launch(
+            rank_kernel, (cdiv(n, 64),), kind,
             target, target.stride(0), groups, ordered, classes, n, num_classes, rows, places, ignore_index,
             KEY=key, BLOCK=64, STEP=64, **ASSERTING,
         )  # fmt: skip
-    rows_kernel[(triton.cdiv(n, 1024),)](
-        groups, ordered, slot, pull, classes, n, num_classes, chunk, BLOCK=1024, SCAN=4096, **FUSED
-    )
+    launch(
+        rows_kernel, (cdiv(n, 1024),), kind,
+        groups, ordered, slot, pull, classes, n, num_classes, chunk, BLOCK=1024, SCAN=4096, **FUSED,
+    )  # fmt: skip
     return groups
 
 

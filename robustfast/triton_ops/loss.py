@@ -16,7 +16,7 @@ from torch import Tensor
 from robustfast.checks import wide_dtype
 from robustfast.ops import gradients
 from robustfast.triton_ops.centroids import add_chunks, blend, sum_samples, sums_kernel
-from robustfast.triton_ops.device import processor, registers, row_tile
+from robustfast.triton_ops.device import cdiv, kind_of, launch, next_power_of_2, processor, registers, row_tile
 from robustfast.triton_ops.elements import matrix, scalar
 from robustfast.triton_ops.groups import (
     FINISHED,
@@ -76,12 +76,14 @@ def discriminative_loss(
 
     groups = group(target, results.slot, results.pull, results.classes, num_classes, ignore_index)
     f, g, w, state = matrix(input), matrix(input_noise), matrix(weight), State(centroids, seen)
+    kind = kind_of(input, input_noise, weight, bias, centroids, seen, groups.order.dtype, dim)
     row_terms = results.loss.new_empty((4, rows))
     finish = {"NORM": norm, "VIEWS": 1 if input_noise is None else 2, "UPDATE": update_state, "BLOCK": 256}
     family = processor(input.device).family
     if is_small(n, dim, num_classes):
         tile = row_tile(dim, wide.itemsize, family, 16)
-        step_kernel[(rows,)](
+        launch(
+            step_kernel, (rows,), kind,
             f, g, groups, state, w, bias, results, row_terms, n, dim, num_classes, rows,
             delta_var, delta_dist, alpha, beta, gamma, momentum,
             BLOCK_N=tile.block_n, BLOCK_D=tile.block_d, **finish, **tile.options,
@@ -92,18 +94,21 @@ def discriminative_loss(
         row_terms.new_empty((places, dim)), row_terms.new_empty((places, dim)), row_terms.new_empty((2, places))
     )
     sum_d = sums_width(dim)
-    sums_kernel[(places, triton.cdiv(dim, sum_d))](
-        f, groups, chunks.sums, dim, places, chunk, BLOCK_N=16, BLOCK_D=sum_d, **registers(4, family)
-    )
+    launch(
+        sums_kernel, (places, cdiv(dim, sum_d)), kind,
+        f, groups, chunks.sums, dim, places, chunk, BLOCK_N=16, BLOCK_D=sum_d, **registers(4, family),
+    )  # fmt: skip
     tile = row_tile(dim, wide.itemsize, family, 16, kib=16 * 4 // min(4, input.dtype.itemsize))
-    variance_kernel[(rows + places,)](
+    launch(
+        variance_kernel, (rows + places,), kind,
         f, g, groups, state, chunks, results, row_terms, n, dim, rows, places, chunk, delta_var, alpha, momentum,
         NORM=norm, BLOCK_N=tile.block_n, BLOCK_D=tile.block_d, **tile.options,
     )  # fmt: skip
     mu, classes = results.tables[2], results.classes[0]
     _, winner = margin_search(mu, weight, bias, classes, groups.counters)
     tile = row_tile(dim, wide.itemsize, family, 1, least_warps=4)
-    finish_kernel[(rows,)](
+    launch(
+        finish_kernel, (rows,), kind,
         groups, state, w, bias, winner, chunks, results, row_terms, dim, rows, places, chunk,
         delta_dist, alpha, beta, gamma, momentum,
         BLOCK_D=tile.block_d, **finish, **tile.options,
@@ -121,7 +126,7 @@ def is_small(n: int, dim: int, num_classes: int) -> bool:
 
 def sums_width(dim: int) -> int:
     """Features of a long class's chunk that one program sums."""
-    return min(256, max(16, triton.next_power_of_2(dim)))
+    return min(256, max(16, next_power_of_2(dim)))
 
 
 @triton.jit(do_not_specialize=["n", "num_classes", "rows"])
@@ -276,12 +281,14 @@ def discriminative_loss_backward(
         return grads
     want_f, want_g, want_w, want_b = wanted
     tile = row_tile(dim, pull.itemsize, processor(input.device).family)
-    slices = max(1, triton.cdiv(dim, slice_size(dim))) if want_w or want_b else 0
+    slices = max(1, cdiv(dim, slice_size(dim))) if want_w or want_b else 0
     destinations = num_classes if dense else 2 * rows
     weight_programs = slices * destinations
-    sample_programs = triton.cdiv(n, tile.block_n) if want_f or want_g else 0
+    sample_programs = cdiv(n, tile.block_n) if want_f or want_g else 0
     listed = classes.new_empty((max(slices, 1), rows))
-    backward_kernel[(weight_programs + sample_programs,)](
+    kind = kind_of(grad_loss, input, input_noise, slot, pull, tables, classes, boundary_bias, *grads, *wanted)
+    launch(
+        backward_kernel, (weight_programs + sample_programs,), kind,
         grad_loss, matrix(input), matrix(input_noise), slot, pull, tables, classes, boundary_bias, listed,
         *(grad if want else None for grad, want in zip(grads, wanted, strict=True)),
         n, dim, rows, weight_programs, destinations,
@@ -293,7 +300,7 @@ def discriminative_loss_backward(
 
 def slice_size(dim: int) -> int:
     """Features of one row of dW that one program adds."""
-    return min(2048, max(16, triton.next_power_of_2(dim)))
+    return min(2048, max(16, next_power_of_2(dim)))
 
 
 @triton.jit(do_not_specialize=["n", "rows", "weight_programs", "destinations"])

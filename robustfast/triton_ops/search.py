@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from robustfast.triton_ops.device import FUSED, processor, row_tile
+from robustfast.triton_ops.device import FUSED, cdiv, kind_of, launch, processor, row_tile
 from robustfast.triton_ops.elements import (
     exact_sqrt,
     load_row,
@@ -95,20 +95,23 @@ def margin_search(
     )
     candidates = Candidates(mu.new_empty((items, 2, tiles.block_c)), classes.new_empty((items, tiles.block_c)))
     score, winner = mu.new_empty(rows), classes.new_empty(rows)
-    w = matrix(weight)
+    w, kind = matrix(weight), kind_of(mu, weight, bias, classes, present)
     row = row_tile(dim, wide.itemsize, family, 16)
-    weight_programs = triton.cdiv(num_classes, row.block_n)
-    prepare_kernel[(weight_programs + rows,)](
+    weight_programs = cdiv(num_classes, row.block_n)
+    launch(
+        prepare_kernel, (weight_programs + rows,), kind,
         mu, w, bias, classes, present, operands, num_classes, dim, rows, weight_programs,
         BLOCK_N=row.block_n, BLOCK_D=row.block_d, **row.options,
     )  # fmt: skip
-    search_kernel[(items,)](
+    launch(
+        search_kernel, (items,), kind,
         w, bias, classes, present, operands, candidates, num_classes, dim, rows, items,
         PRECISION=precision, EVEN_D=dim % tiles.block_d == 0, FLATTEN=flattened(tiles, dim),
         BLOCK_C=tiles.block_c, BLOCK_K=tiles.block_k, BLOCK_D=tiles.block_d,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages, **FUSED,
     )  # fmt: skip
-    settle_kernel[(rows,)](
+    launch(
+        settle_kernel, (rows,), kind,
         mu, w, bias, classes, present, operands, candidates, score, winner, num_classes, dim, rows, items,
         BLOCK_C=tiles.block_c, BLOCK_K=tiles.block_k, BLOCK_N=row.block_n, BLOCK_D=row.block_d, BLOCK=128,
         **row.options,
@@ -155,10 +158,10 @@ def search_items(tiles: SearchTiles, rows: int, num_classes: int, processors: in
     One wave of programs if W is short, else at least four, so that an incomplete last one costs little, and splits of
     at most 32 tiles, which are soon looked at again where one tile is not the best beyond doubt.
     """
-    blocks, steps = triton.cdiv(rows, tiles.block_c), triton.cdiv(num_classes, tiles.block_k)
+    blocks, steps = cdiv(rows, tiles.block_c), cdiv(num_classes, tiles.block_k)
     if steps <= 64:
         return max(blocks, min(processors, blocks * steps))
-    return max(4 * processors, blocks * triton.cdiv(steps, 32))
+    return max(4 * processors, blocks * cdiv(steps, 32))
 
 
 def operand_dtype(weight: torch.dtype, wide: torch.dtype) -> torch.dtype:
