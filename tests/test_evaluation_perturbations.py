@@ -26,6 +26,11 @@ def test_depends_on_seed_id_and_draw_alone(name):
     for batch in order.split(4):
         part = perturb(x[batch], name, 3, seed=4, sample_ids=ids[batch], draw=2)
         torch.testing.assert_close(part, whole[batch], rtol=0, atol=0)
+    draws = torch.tensor([2, 2, 0, 1, 2, 5])
+    each = perturb(x, name, 3, seed=4, sample_ids=ids, draw=draws)
+    assert torch.equal(each[:2], whole[:2]) and torch.equal(
+        each[3], perturb(x[3:4], name, 3, seed=4, sample_ids=ids[3:4], draw=1)[0]
+    )
     channels_last = x.contiguous(memory_format=torch.channels_last)
     assert torch.equal(perturb(channels_last, name, 3, seed=4, sample_ids=ids, draw=2), whole)
     again = perturb(x, name, 3, seed=5, sample_ids=ids, draw=2)
@@ -136,6 +141,7 @@ def test_jpeg_is_pillows():
         (lambda x: perturb(x[0], "gaussian", 1), r"images: expected shape \(N, C, H, W\), got \(1, 8, 8\)"),
         (lambda x: perturb(x, "occlusion", 1, seed=-1), "seed: expected an int, 0 <= seed"),
         (lambda x: perturb(x, "gaussian", 1, sample_ids=-torch.arange(12)), "sample_ids: expected ids >= 0, got -11"),
+        (lambda x: perturb(x, "occlusion", 1, draw=-1), "draw: expected 0 <= draw"),
         (lambda x: perturb(x, "gaussian", 1, sample_ids=torch.arange(3)), r"sample_ids: expected shape \(12,\)"),
     ],
 )

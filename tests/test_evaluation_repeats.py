@@ -104,7 +104,7 @@ def test_mistakes_are_named(net):
         (lambda: survival(net, X, Y, noise="fog"), "noise: expected one of gaussian, uniform, got 'fog'"),
         (lambda: survival(net, X, Y, draws=0), "draws: expected a whole number"),
         (lambda: survival(net, X, Y, batch_size=0), "batch_size: expected a whole number"),
-        (lambda: survival(net, X, Y, scale=-1.0), "std: expected a finite number >= 0"),
+        (lambda: survival(net, X, Y, scale=-1.0), "std: expected a number from 0"),
         (lambda: survival(net, X, Y + 5), "labels: expected classes 0..4 of the model"),
         (lambda: survival(net, X, Y - 9), "labels: expected classes from 0, got -"),
         (lambda: survival(net, X, Y[:3]), r"labels: expected shape \(12,\), got \(3,\)"),

@@ -75,11 +75,10 @@ def certify(
 def _votes(model, images, ids, noisy, draws, batch_size) -> Tensor:
     """int64 (N, K): how many of the draws go to each class; counted where the images are."""
     votes = torch.zeros(len(images), 1, dtype=torch.int64, device=images.device)
-    for start, _, logits in noisy_logits(model, images, ids, None, noisy, draws, batch_size):
-        if votes.shape[1] != logits.shape[2]:
-            votes = votes.new_zeros(len(images), logits.shape[2])
-        winner = logits.argmax(2).T
-        votes[start : start + len(winner)].scatter_add_(1, winner, torch.ones_like(winner))
+    for place, _, logits in noisy_logits(model, images, ids, None, noisy, draws, batch_size):
+        if votes.shape[1] != logits.shape[1]:
+            votes = votes.new_zeros(len(images), logits.shape[1])
+        votes.index_put_((place, logits.argmax(1)), torch.ones_like(place), accumulate=True)
     return votes
 
 

@@ -15,10 +15,10 @@ NOISES = {"gaussian": gaussian_noise, "uniform": uniform_noise}
 
 
 class Block(NamedTuple):
-    """Logits (draws, images, K): consecutive draws from ``first`` on, of the images from ``start`` on."""
+    """Logits (B, K) of some noisy copies: draw ``draw`` of the image at ``place``, int64 (B,) each."""
 
-    start: int
-    first: int
+    place: Tensor
+    draw: Tensor
     logits: Tensor
 
 
@@ -28,20 +28,16 @@ def noisy_logits(
     images: Tensor,
     ids: Tensor,
     labels: Tensor | None,
-    noisy: Callable[[Tensor, Tensor, int], Tensor],
+    noisy: Callable[[Tensor, Tensor, Tensor], Tensor],
     draws: range,
     batch_size: int,
 ) -> Iterator[Block]:
-    """Logits of every image's draws, where ``noisy(images, ids, draw)`` makes one draw of some of the images."""
-    together = min(len(draws), batch_size)
-    for start in range(0, len(images), max(1, batch_size // together)):
-        part = slice(start, start + max(1, batch_size // together))
-        for first in range(draws.start, draws.stop, together):
-            block = range(first, min(first + together, draws.stop))
-            copies = torch.cat([noisy(images[part], ids[part], draw) for draw in block])
-            repeated = None if labels is None else labels[part].repeat(len(block))
-            logits = logits_of(model, copies, repeated)
-            yield Block(start, first, logits.view(len(block), -1, logits.shape[1]))
+    """Logits of every draw of every image; ``noisy(images, ids, draws)`` makes one copy of each image, of its draw."""
+    for part in torch.arange(len(images) * len(draws), device=images.device).split(batch_size):
+        if len(part):
+            place, draw = part // len(draws), draws.start + part % len(draws)
+            copies = noisy(images[place], ids[place], draw)
+            yield Block(place, draw, logits_of(model, copies, None if labels is None else labels[place]))
 
 
 def noise_of(name: str, scale: float, seed: int, clip: tuple[float, float] | None) -> Callable[..., Tensor]:

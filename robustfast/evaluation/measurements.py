@@ -55,7 +55,7 @@ class Draws:
     def __call__(self, model: Any, batch: Batch) -> dict[str, Tensor]:
         images, labels, ids, seed, batch_size = batch
 
-        def perturbed(images: Tensor, ids: Tensor, draw: int) -> Tensor:
+        def perturbed(images: Tensor, ids: Tensor, draw: Tensor) -> Tensor:
             if self.perturbation is None:
                 return images
             return perturb(
@@ -67,14 +67,11 @@ class Draws:
             name: torch.zeros(shape, device=images.device) for name in ("confidence", "nll", "brier")
         }
         with evaluating(model):
-            for block in noisy_logits(model, images, ids, labels, perturbed, range(self.draws), batch_size):
-                count, width, _ = block.logits.shape
-                part = slice(block.start, block.start + width)
-                found = confidence.scores(block.logits.flatten(0, 1), labels[part].repeat(count))
-                for name, values in found._asdict().items():
-                    columns[name][part, block.first : block.first + count] = values.view(count, width).T.to(
-                        columns[name].dtype
-                    )
+            for place, draw, logits in noisy_logits(
+                model, images, ids, labels, perturbed, range(self.draws), batch_size
+            ):
+                for name, values in confidence.scores(logits, labels[place])._asdict().items():
+                    columns[name][place, draw] = values.to(columns[name].dtype)
         return {f"{self.name}/{name}": column for name, column in columns.items()}
 
 

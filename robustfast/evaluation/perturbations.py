@@ -22,15 +22,16 @@ from robustfast import reference
 from robustfast.evaluation.models import checked_images
 from robustfast.extras import needed
 from robustfast.functional import gaussian_noise, uniform_noise
+from robustfast.noise import check_draw
 from robustfast.streams import stream
 
 
 class Key(NamedTuple):
-    """What random numbers depend on: an int seed, sample ids int64 (N,), and which draw of these samples."""
+    """What random numbers depend on: an int seed, sample ids int64 (N,), and the draw of all or, (N,), of each."""
 
     seed: int
     sample_ids: Tensor
-    draw: int
+    draw: int | Tensor
 
     def of(self, purpose: str) -> Key:
         """Other numbers, for a second purpose on the same images."""
@@ -244,7 +245,7 @@ def perturb(
     *,
     seed: int = 0,
     sample_ids: Tensor | None = None,
-    draw: int = 0,
+    draw: int | Tensor = 0,
     **parameters: Any,
 ) -> Tensor:
     """The images, perturbed; the given ones are left as they are.
@@ -254,7 +255,7 @@ def perturb(
         name: one of :data:`PERTURBATIONS`; the functions of this module of these names say what they do.
         severity: 1 to 5; "authors" for the parameters of the paper's authors; None where ``parameters`` has all.
         seed, sample_ids, draw: what the random numbers of an image depend on, as in
-            :func:`robustfast.functional.gaussian_noise`; ids default to 0..N-1.
+            :func:`robustfast.functional.gaussian_noise`; ids default to 0..N-1, and draw may be one for each image.
         parameters: those of the perturbation's function; they come before those of the severity.
 
     Returns:
@@ -268,6 +269,7 @@ def perturb(
     settings = parameters_of(name, severity, min(images.shape[2:]), parameters)
     if not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ValueError(f"seed: expected an int, 0 <= seed < 2**63, got {seed!r}")
+    check_draw(draw, images)
     wide = images.to(torch.promote_types(images.dtype, torch.float32))
     return _TABLE[name].apply(wide, Key(seed, ids, draw), **settings).to(images.dtype)
 

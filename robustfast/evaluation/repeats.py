@@ -48,9 +48,8 @@ def survival(
     noisy = noise_of(noise, scale, seed, (0.0, 1.0))
     right = torch.zeros(len(images), dtype=torch.int64, device=images.device)
     with evaluating(model):
-        for start, _, logits in noisy_logits(model, images, ids, labels, noisy, range(draws), batch_size):
-            part = slice(start, start + logits.shape[1])
-            right[part] += (logits.argmax(2) == labels[part]).sum(0)
+        for place, _, logits in noisy_logits(model, images, ids, labels, noisy, range(draws), batch_size):
+            right.index_add_(0, place, (logits.argmax(1) == labels[place]).long())
     return right
 
 
