@@ -53,15 +53,22 @@ def torch_problem() -> str | None:
     return None
 
 
-def compiler_problem() -> str | None:
-    """Why nothing can be compiled, or None; CXX is set then."""
+def compiler() -> list[str]:
+    """The C++ compiler's command and arguments. PyTorch quotes CXX as one word, and puts a ccache in front itself."""
     if "CXX" not in os.environ:
-        found = next(filter(shutil.which, ("c++", "g++", "clang++")), None)
-        if found is None:
-            return "no C++ compiler was found (g++ or clang++; CXX takes another command)"
-        os.environ["CXX"] = found
-    command = shlex.split(os.environ["CXX"])
-    return None if command and shutil.which(command[0]) else f"CXX={os.environ['CXX']!r} is not a command"
+        return [found for found in ("c++", "g++", "clang++") if shutil.which(found)][:1]
+    words = shlex.split(os.environ["CXX"])
+    return words[1:] if words and Path(words[0]).name in ("ccache", "sccache") else words
+
+
+def compiler_problem() -> str | None:
+    """Why nothing can be compiled, or None."""
+    command = compiler()
+    if command and shutil.which(command[0]):
+        return None
+    if "CXX" in os.environ:
+        return f"CXX={os.environ['CXX']!r} is not a command"
+    return "no C++ compiler was found (g++ or clang++; CXX takes another command)"
 
 
 def toolkit_problem(home: Path, cuda: str) -> str | None:
@@ -112,18 +119,18 @@ def find_toolkit(cuda: str) -> str | None:
     return "; ".join(problems) + " (CUDA_HOME names a toolkit's folder)"
 
 
-def extension(with_cuda: bool):
+def extension(with_cuda: bool, arguments: list[str]):
     import torch
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
     sources = sorted(glob("csrc/cpu/*.cpp") + glob("csrc/ops/*.cpp"))
     # Texts are for the host compiler alone: nvcc hands what it is given to a shell once more.
-    cxx_flags = [*CXX_FLAGS, f'-DRF_TORCH_VERSION="{torch.__version__}"']
+    cxx_flags = [*CXX_FLAGS, *arguments, f'-DRF_TORCH_VERSION="{torch.__version__}"']
     options = {
         "include_dirs": [str(ROOT / "csrc")],
         "define_macros": [("TORCH_TARGET_VERSION", MINIMUM_TORCH)],
         "extra_compile_args": {"cxx": cxx_flags, "nvcc": NVCC_FLAGS},
-        "extra_link_args": ["-s"],
+        "extra_link_args": [*arguments, "-s"],
         "py_limited_api": STABLE_PYTHON,
     }
     if with_cuda:
@@ -168,12 +175,13 @@ def build_options() -> dict:
         print(f"robustfast: {kernels} kernels: {f'not built: {reason}' if reason else 'built'}", file=sys.stderr)
     if problem:
         return {"cmdclass": {"build_ext": recording(build_ext, missing)}}
+    os.environ["CXX"], *arguments = compiler()
     # The stable interface passes C types only, so that any compiler will do.
     os.environ.setdefault("TORCH_DONT_CHECK_COMPILER_ABI", "1")
     from torch.utils.cpp_extension import BuildExtension
 
     return {
-        "ext_modules": [extension(with_cuda=missing["cuda"] is None)],
+        "ext_modules": [extension(missing["cuda"] is None, arguments)],
         "cmdclass": {"build_ext": recording(BuildExtension, missing)},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}} if STABLE_PYTHON else {},
     }
