@@ -170,9 +170,11 @@ def recording(base: type[build_ext], missing: dict[str, str | None]) -> type[bui
 def build_options() -> dict:
     problem = torch_problem() or compiler_problem()
     missing = {"cpu": problem, "cuda": problem or cuda_problem()}
-    print(f"robustfast: Python {platform.python_version()}, setuptools {setuptools.__version__}", file=sys.stderr)
+    python, torch = platform.python_version(), getattr(sys.modules.get("torch"), "__version__", "none")
+    versions = f"Python {python}, setuptools {setuptools.__version__}, PyTorch {torch}, compiler {compiler()}"
+    print(f"robustfast: {versions}, CUDA_HOME {os.environ.get('CUDA_HOME')}", file=sys.stderr)
     for kernels, reason in missing.items():
-        print(f"robustfast: {kernels} kernels: {f'not built: {reason}' if reason else 'built'}", file=sys.stderr)
+        print(f"robustfast: {kernels} kernels: {f'left out: {reason}' if reason else 'included'}", file=sys.stderr)
     if problem:
         return {"cmdclass": {"build_ext": recording(build_ext, missing)}}
     os.environ["CXX"], *arguments = compiler()
