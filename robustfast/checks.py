@@ -31,8 +31,8 @@ def integer_labels(target: Tensor) -> Tensor:
         return target.long()
     if target.is_floating_point() or target.dim() == 2:
         raise TypeError(
-            f"target: expected labels (N,) of an integer dtype, got {target.dtype} of shape {tuple(target.shape)}; soft"
-            " labels are not supported (mixup takes two calls: docs/guide.md)"
+            f"target: expected torch.int64 or another integer dtype and shape (N,), got {target.dtype} of shape"
+            f" {tuple(target.shape)}; soft labels are not supported (mixup takes two calls: docs/guide.md)"
         )
     return target
 
@@ -98,8 +98,8 @@ def discriminative_loss(input, input_noise, target, weight, bias, centroids, see
         _shape("bias", bias, (classes,), input)
     if centroids.dtype != wide_dtype(input) and centroids.dtype in FLOATING:
         wide, call = wide_dtype(input), "double" if wide_dtype(input) == torch.float64 else "float"
-        given = f"got {centroids.dtype}; call .{call}() on the loss"
-        raise TypeError(f"centroids: expected {wide} for {input.dtype} features, {given}")
+        given = f"got {centroids.dtype} beside {input.dtype} features"
+        raise TypeError(f"centroids: expected {wide}, {given}; call .{call}() on the loss")
     _dtype("centroids", centroids, (wide_dtype(input),))
     _shape("centroids", centroids, (classes, dim), input)
     _dtype("seen", seen, (torch.bool,))
