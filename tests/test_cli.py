@@ -286,7 +286,10 @@ def test_imports_are_light_and_go_one_way():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "--data", "mnist"], "data: expected digits, npz:FILE or folder:DIR, got 'mnist'"),
+        (
+            ["train", "--data", "mnist"],
+            f"data: expected {data.SOURCES}, got 'mnist'",
+        ),
         (["train", "--data", "npz:nowhere.npz"], "nowhere.npz: No such file or directory"),
         (["train", "--resume", "--out", "nowhere"], "nowhere: no run to go on with: there is no state.safetensors"),
         (["train", "--backend", "fast"], "backend: expected auto, cuda, triton, cpu, reference, got 'fast'"),

@@ -139,9 +139,11 @@ def test_a_single_array_is_no_npz(tmp_path):
         data.load(f"npz:{tmp_path / 'a.npy'}")
 
 
-@pytest.mark.parametrize("source", ["mnist", "npz", "npz:", "folder:", "zip:a"])
+@pytest.mark.parametrize("source", ["mnist", "npz", "npz:", "folder:", "idx:", "zip:a"])
 def test_unknown_sources(source):
-    with pytest.raises(ValueError, match="data: expected digits, npz:FILE or folder:DIR"):
+    with pytest.raises(
+        ValueError, match="data: expected digits, npz:FILE, folder:DIR, cifar10:DIR, svhn:DIR or idx:DIR"
+    ):
         data.load(source)
 
 

@@ -27,7 +27,7 @@ class Config:
     """
 
     method: str = _setting("discriminative", f"one of {', '.join(METHODS)}")
-    data: str = _setting("digits", "digits, npz:FILE or folder:DIR")
+    data: str = _setting("digits", "digits, npz:FILE, folder:DIR, cifar10:DIR, svhn:DIR or idx:DIR")
     model: str = _setting("small", f"one of {', '.join(MODELS)}")
     inter_dim: int = _setting(64, "number of penultimate features")
     sigma: float = _setting(0.25, "standard deviation of the training noise, for pixels in [0, 1]")

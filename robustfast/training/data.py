@@ -17,6 +17,7 @@ from robustfast.streams import generator
 from robustfast.training.checksum import checksum
 
 CHANNELS = (1, 3)  # grey and RGB
+SOURCES = "digits, npz:FILE, folder:DIR, cifar10:DIR, svhn:DIR or idx:DIR"
 
 
 class Images(NamedTuple):
@@ -45,7 +46,9 @@ class DataSet(NamedTuple):
 
 
 def load(source: str) -> DataSet:
-    """The data set that ``digits``, ``npz:FILE`` or ``folder:DIR`` names; see :func:`npz` and :func:`folder`.
+    """The data set that ``digits``, ``npz:FILE``, ``folder:DIR``, ``cifar10:DIR``, ``svhn:DIR`` or ``idx:DIR`` names.
+
+    See :func:`npz`, :func:`folder` and :mod:`robustfast.training.formats`.
 
     Warns:
         UserWarning: classes without training images, and files that are left out.
@@ -61,7 +64,11 @@ def load(source: str) -> DataSet:
         return npz(Path(path))
     if kind == "folder" and path:
         return folder(Path(path))
-    raise ValueError(f"data: expected digits, npz:FILE or folder:DIR, got {source!r}")
+    from robustfast.training.formats import FORMATS  # which is made of this module
+
+    if kind in FORMATS and path:
+        return FORMATS[kind](Path(path))
+    raise ValueError(f"data: expected {SOURCES}, got {source!r}")
 
 
 def digits() -> DataSet:

@@ -74,7 +74,7 @@ def evaluate(
     Args:
         run: the folder of a finished run.
         sigmas, seed, draws, backend: as in :func:`robustfast.evaluation.noise_curve`; None: the run's own sigmas.
-        source: digits, npz:FILE or folder:DIR.
+        source: as in :func:`robustfast.training.data.load`.
 
     Raises:
         FileNotFoundError: the run has no model yet.
