@@ -68,7 +68,7 @@ def discriminative_loss(
         weight, bias: the classifier W (K, D) and b (K,) or None, of any floating dtype.
         centroids, seen: the state (K, D) and (K,) bool; float64 for float64 features, else float32. Changed in place
             for the classes of the batch if ``update_state`` holds and gradients are enabled, except rows that would
-            become inf or nan.
+            become inf or nan; inside an activation checkpoint by its second pass, inside ``torch.func`` not at all.
         norm: p, 1 or 2.
         ignore_index: samples with this label count nowhere.
         backend: "auto", or one of :func:`robustfast.backends`.

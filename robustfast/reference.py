@@ -211,6 +211,7 @@ def margin_search(mu: Tensor, weight: Tensor, bias: Tensor | None, classes: Tens
     waited for, and in a compiled graph it is that of ``LOOKS`` looks.
     """
     bounds = score_bounds(mu, weight, bias, classes)
+    columns = torch.arange(weight.shape[0], device=weight.device)
     best, winner = torch.full_like(bounds[:, 0], -math.inf), classes
     for _ in range(weight.shape[0] if readable(mu) else LOOKS):
         bound, other = bounds.max(1)
@@ -221,7 +222,7 @@ def margin_search(mu: Tensor, weight: Tensor, bias: Tensor | None, classes: Tens
         better = (score > best) | score.isnan() | ((score == best) & (other < winner))
         better = better & exists & possible & (score != -math.inf)
         best, winner = torch.where(better, score, best), torch.where(better, other, winner)
-        bounds.scatter_(1, other.unsqueeze(1), -math.inf)
+        bounds.masked_fill_(columns == other.unsqueeze(1), -math.inf)  # no scatter_, which vmap does one by one
     return best, winner
 
 
@@ -246,7 +247,7 @@ def score_bounds(mu: Tensor, weight: Tensor, bias: Tensor | None, classes: Tenso
     both = square + square[classes].unsqueeze(1)
     distance2 = both - 2 * (weight[classes] @ weight.T)
     distance2 += slack * torch.where(above > 0, -both, both)
-    bounds = above / distance2.clamp_(min=torch.finfo(mu.dtype).tiny).sqrt_()
+    bounds = above / distance2.clamp(min=torch.finfo(mu.dtype).tiny).sqrt_()
     none = (equals == equals[classes].unsqueeze(1)) | (logits == -math.inf)
     return bounds.masked_fill_(none, -math.inf)
 
