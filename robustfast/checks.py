@@ -113,8 +113,9 @@ def loss_settings(settings: Settings, norm: int, ignore_index: int = -100) -> No
         raise ValueError(f"norm: expected 1 or 2, got {norm!r}")
     if not 0 <= settings.momentum <= 1:
         raise ValueError(f"momentum: expected a number from 0 to 1, got {settings.momentum!r}")
-    for name, value in settings._asdict().items():
-        if is_static(value) and not math.isfinite(value):
+    compiling = torch.compiler.is_compiling()
+    for name, value in zip(Settings._fields, settings, strict=True):
+        if (not compiling or is_static(value)) and not math.isfinite(value):
             raise ValueError(f"{name}: expected a finite number, got {value!r}")
     if not isinstance(ignore_index, int) or not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index: expected an int of 64 bits, got {ignore_index!r}")

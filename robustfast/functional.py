@@ -110,7 +110,7 @@ def as_arguments(settings: Settings) -> tuple[Sequence[float], Tensor | None]:
 
     A list of numbers would be compiled again for each value.
     """
-    if all([reference.is_static(value) for value in settings]):
+    if not torch.compiler.is_compiling() or all([reference.is_static(value) for value in settings]):
         return settings, None
     one = torch.ones((), dtype=torch.float64)
     return (), torch.stack([one * value for value in settings])  # products, since the compiler knows them

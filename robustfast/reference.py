@@ -7,7 +7,7 @@ those of :mod:`robustfast.functional`, which also checks them. Equations: arXiv 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -269,6 +269,8 @@ def state_moves() -> bool:
     """Whether a step that is to move the state does: with gradients enabled, not inside torch.func, whose functions
     have no side effects, and not in the first of the two passes of an activation checkpoint, so that the second one
     meets the same state and moves it."""
+    if torch.compiler.is_dynamo_compiling() and _in_compiled_checkpoint():
+        torch._dynamo.graph_break("a compiled checkpoint would read the state that the step has moved: not compiled")
     return torch.is_grad_enabled() and (torch.compiler.is_compiling() or not (transformed() or _checkpointed()))
 
 
@@ -276,6 +278,19 @@ def _checkpointed() -> bool:
     """Whether torch.utils.checkpoint (use_reentrant=False) will run this again for the gradients."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks is not None and hooks[0].__qualname__.startswith("_checkpoint_hook.")
+
+
+def _in_compiled_checkpoint() -> bool:
+    """While torch.compile traces: whether this stands in a checkpoint that it compiles."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    tracer: Any = InstructionTranslator.current_tx().output.current_tracer
+    while tracer is not None and str(tracer.source_target) != "tag_activation_checkpoint":
+        tracer = tracer.parent
+    return tracer is not None
+
+
+_in_compiled_checkpoint._dynamo_marked_constant = True  # type: ignore[attr-defined]  # run by the tracer, not traced
 
 
 def is_static(number: float) -> bool:

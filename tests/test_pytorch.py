@@ -69,9 +69,9 @@ def test_one_tensor_as_both_views(backend, device):
     torch.testing.assert_close(results[0][1], apart["grad_input"] + apart["grad_input_noise"])
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("use_reentrant, compiled", [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("nested", [False, True])
-def test_a_checkpointed_step_moves_the_state_once(use_reentrant, nested, backend, device):
+def test_a_checkpointed_step_moves_the_state_once(use_reentrant, compiled, nested, backend, device):
     f, g, target, weight, bias, centroids, seen = random_case(dtype=torch.float64, seen=0.5, device=device)
     expected = run((f.sin(), g.sin(), target, weight, bias, centroids, seen), backend)
     leaves = [t.clone().requires_grad_() for t in (f, g, weight, bias)]
@@ -84,7 +84,10 @@ def test_a_checkpointed_step_moves_the_state_once(use_reentrant, nested, backend
             return inner(f.sin(), g.sin(), weight, bias).square()
         return checkpoint(inner, f.sin(), g.sin(), weight, bias, use_reentrant=use_reentrant).square()
 
-    loss = checkpoint(step, *leaves, use_reentrant=use_reentrant)
+    def checkpointed(*leaves):
+        return checkpoint(step, *leaves, use_reentrant=use_reentrant)
+
+    loss = (torch.compile(checkpointed, backend="aot_eager") if compiled else checkpointed)(*leaves)
     loss.backward()
     torch.testing.assert_close(loss.detach(), expected["loss"].square())
     torch.testing.assert_close(leaves[2].grad, 2 * expected["loss"] * expected["grad_weight"])
