@@ -56,62 +56,62 @@ def discriminative_loss(
     s = Settings(**settings)
     with torch.autocast(input.device.type, enabled=False):
         dtype = centroids.dtype
-        features, weight = input.to(dtype), weight.to(dtype)
-        noisy = None if input_noise is None else input_noise.to(dtype)
+        f, weight = input.to(dtype), weight.to(dtype)
+        g = None if input_noise is None else input_noise.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-        rows = group(target, weight.shape[0], ignore_index)
-        mu, momentum_mu = class_centroids(features, rows, centroids, seen, s.momentum)
+        groups = group(target, weight.shape[0], ignore_index)
+        mu, centroid = class_centroids(f, groups, centroids, seen, s.momentum)
         if update_state and state_moves():  # now, since a checkpoint's second pass ends where it has all it needs
-            write_state(momentum_mu.detach(), rows, centroids, seen)
-        variance_, compactness, alignment = variance(features, noisy, momentum_mu, rows, s.delta_var, norm)
-        margin_ = margin(mu, weight, bias, rows, s.delta_dist)
-        regularization_ = regularization(momentum_mu, rows, norm)
+            write_state(centroid.detach(), groups, centroids, seen)
+        variance_, compactness, alignment = variance(f, g, centroid, groups, s.delta_var, norm)
+        margin_ = margin(mu, weight, bias, groups, s.delta_dist)
+        regularization_ = regularization(centroid, groups, norm)
         # As vectors: in forward mode the product of a number and a 0-d tensor has a tangent in float64.
         weighted = s.alpha * variance_.view(1) + s.beta * margin_.view(1) + s.gamma * regularization_.view(1)
     terms = (variance_, margin_, regularization_, compactness, alignment)
     return Terms(weighted.squeeze(0), *(term.detach() for term in terms))
 
 
-class Rows(NamedTuple):
+class Groups(NamedTuple):
     """The classes of a batch as the rows of a table: R = min(N, K) rows, those of absent classes without samples."""
 
     slot: Tensor  # (N,) int64, the row of each sample; R for an ignored one
     classes: Tensor  # (R,) int64, the class of each row; any class where the row has no samples
-    samples: Tensor  # (R,) int64, n_c
-    present: Tensor  # (R,) bool, n_c > 0
-    num_present: Tensor  # () int64, P, but 1 where P = 0
+    counts: Tensor  # (R,) int64, n_c
+    taken: Tensor  # (R,) bool, n_c > 0
+    present: Tensor  # () int64, P, but 1 where P = 0
 
     def mean(self, per_row: Tensor) -> Tensor:
         """(1/P) sum over the classes present."""
-        return per_row.masked_fill(~self.present, 0).sum() / self.num_present
+        return per_row.masked_fill(~self.taken, 0).sum() / self.present
 
 
-def group(target: Tensor, num_classes: int, ignore_index: int) -> Rows:
+def group(target: Tensor, num_classes: int, ignore_index: int) -> Groups:
     """Give each class in the batch a row, so that no table is larger than the batch."""
     labels = target.long()
     labels = torch.where(labels == ignore_index, num_classes, labels)
-    size = min(labels.numel(), num_classes)
-    if size == num_classes:
+    rows = min(labels.numel(), num_classes)
+    if rows == num_classes:
         slot, classes = labels, torch.arange(num_classes, device=labels.device)
     else:
         ordered, order = labels.sort(stable=True)
         first = torch.ones_like(ordered, dtype=torch.bool)
         first[1:] = ordered[1:] != ordered[:-1]
-        rank = torch.where(ordered == num_classes, size, first.cumsum(0) - 1)
+        rank = torch.where(ordered == num_classes, rows, first.cumsum(0) - 1)
         slot = rank.scatter(0, order, rank)
-        classes = rank.new_zeros(size + 1).scatter(0, rank, ordered)[:-1]
-    samples = slot.new_zeros(size + 1).scatter_add(0, slot, torch.ones_like(slot))[:-1]
-    present = samples > 0
-    return Rows(slot, classes, samples, present, present.sum().clamp(min=1))
+        classes = rank.new_zeros(rows + 1).scatter(0, rank, ordered)[:-1]
+    count = slot.new_zeros(rows + 1).scatter_add(0, slot, torch.ones_like(slot))[:-1]
+    taken = count > 0
+    return Groups(slot, classes, count, taken, taken.sum().clamp(min=1))
 
 
 def class_centroids(
-    features: Tensor, rows: Rows, centroids: Tensor, seen: Tensor, momentum: float
+    f: Tensor, groups: Groups, centroids: Tensor, seen: Tensor, momentum: float
 ) -> tuple[Tensor, Tensor]:
     """mu_c = (1/n_c) sum of the class's features, and m_c = mu_c if c is new, else (1 - rho) mu_c + rho m_prev_c."""
-    sums = features.new_zeros(rows.samples.numel() + 1, features.shape[1]).index_add(0, rows.slot, features)[:-1]
-    mu = sums / rows.samples.clamp(min=1).unsqueeze(1)
-    previous, known = read_state(centroids, rows.classes), read_state(seen, rows.classes)
+    sums = f.new_zeros(groups.counts.numel() + 1, f.shape[1]).index_add(0, groups.slot, f)[:-1]
+    mu = sums / groups.counts.clamp(min=1).unsqueeze(1)
+    previous, known = read_state(centroids, groups.classes), read_state(seen, groups.classes)
     blended = (1 - momentum) * mu + momentum * previous
     return mu, torch.where(known.unsqueeze(1), blended, mu)
 
@@ -128,28 +128,28 @@ def read_state(table: Tensor, classes: Tensor) -> Tensor:
 
 
 def variance(
-    features: Tensor, noisy: Tensor | None, centers: Tensor, rows: Rows, delta_var: float, norm: int
+    f: Tensor, g: Tensor | None, centroid: Tensor, groups: Groups, delta_var: float, norm: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Variance, and its parts: compactness of the clean features, alignment of the noisy ones, both about m_c."""
-    compactness = squared_hinge(features, centers, rows, delta_var, norm)
-    if noisy is None:
+    compactness = squared_hinge(f, centroid, groups, delta_var, norm)
+    if g is None:
         return compactness, compactness, torch.zeros_like(compactness)
-    alignment = squared_hinge(noisy, centers, rows, delta_var, norm)
+    alignment = squared_hinge(g, centroid, groups, delta_var, norm)
     return (compactness + alignment) / 2, compactness, alignment
 
 
-def squared_hinge(features: Tensor, centers: Tensor, rows: Rows, delta_var: float, norm: int) -> Tensor:
+def squared_hinge(f: Tensor, centroid: Tensor, groups: Groups, delta_var: float, norm: int) -> Tensor:
     """(1/P) sum_c (1/n_c) sum_{y_i=c} max(||f_i - m_c||_p - delta_v, 0)^2."""
-    if centers.shape[0] == 0:
-        return features.sum()
-    counted = rows.slot < centers.shape[0]
-    slot = torch.where(counted, rows.slot, 0)
-    residual = (features - centers[slot]).masked_fill(~counted.unsqueeze(1), 0)
-    hinge = torch.relu(p_norm(residual, norm) - delta_var)
-    return (hinge.square() / rows.samples[slot].clamp(min=1) * counted).sum() / rows.num_present
+    if centroid.shape[0] == 0:
+        return f.sum()
+    counted = groups.slot < centroid.shape[0]
+    slot = torch.where(counted, groups.slot, 0)
+    residual = (f - centroid[slot]).masked_fill(~counted.unsqueeze(1), 0)
+    hinge = torch.relu(length(residual, norm) - delta_var)
+    return (hinge.square() / groups.counts[slot].clamp(min=1) * counted).sum() / groups.present
 
 
-def p_norm(r: Tensor, norm: int) -> Tensor:
+def length(r: Tensor, norm: int) -> Tensor:
     """||r||_p over the last dimension, p in {1, 2}, with derivative 0 (of every order) at r = 0."""
     if norm == 1:
         return r.abs().sum(-1)
@@ -158,21 +158,21 @@ def p_norm(r: Tensor, norm: int) -> Tensor:
     return square.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
 
 
-def regularization(centers: Tensor, rows: Rows, norm: int) -> Tensor:
+def regularization(centroid: Tensor, groups: Groups, norm: int) -> Tensor:
     """(1/P) sum_c ||m_c||_p."""
-    return rows.mean(p_norm(centers, norm))
+    return groups.mean(length(centroid, norm))
 
 
-def margin(mu: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows, delta_dist: float) -> Tensor:
+def margin(mu: Tensor, weight: Tensor, bias: Tensor | None, groups: Groups, delta_dist: float) -> Tensor:
     """(1/P) sum_c max_{i != c} max(delta_d + ((W_i - W_c) . mu_c + b_i - b_c) / ||W_i - W_c||_2, 0).
 
     The winner i is found without gradient and its score computed again, so that backward touches two rows of W a class.
     """
-    best, winner = margin_search(mu, weight, bias, rows.classes)
-    found = rows.present & (best != -math.inf)
-    winner = torch.where(found, winner, rows.classes)  # of itself: there all derivatives are 0, whatever the numbers
-    score, _ = boundary(mu, weight, bias, rows.classes, winner)
-    return rows.mean(torch.relu(delta_dist + score).masked_fill(~found, 0))
+    best, winner = margin_search(mu, weight, bias, groups.classes)
+    found = groups.taken & (best != -math.inf)
+    winner = torch.where(found, winner, groups.classes)  # of itself: there all derivatives are 0, whatever the numbers
+    score, _ = boundary(mu, weight, bias, groups.classes, winner)
+    return groups.mean(torch.relu(delta_dist + score).masked_fill(~found, 0))
 
 
 def boundary(mu: Tensor, weight: Tensor, bias: Tensor | None, classes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,7 +187,7 @@ def boundary(mu: Tensor, weight: Tensor, bias: Tensor | None, classes: Tensor, o
     logit = (normal * mu).sum(1)
     if bias is not None:
         logit = logit + (bias[others] - bias[classes]) * scale
-    distance = p_norm(normal, 2)
+    distance = length(normal, 2)
     exists = distance != 0
     return logit.masked_fill(~exists, 0) / distance.masked_fill(~exists, 1), exists
 
@@ -313,13 +313,13 @@ def transformed() -> bool:
 
 
 @torch.no_grad()
-def write_state(centers: Tensor, rows: Rows, centroids: Tensor, seen: Tensor) -> None:
+def write_state(centroid: Tensor, groups: Groups, centroids: Tensor, seen: Tensor) -> None:
     """centroids_c <- m_c and seen_c <- True for the classes of the batch, except where m_c is not finite."""
     # Rows without samples repeat the first row, so that no two rows write different values to one class.
-    row = torch.arange(rows.classes.numel(), device=rows.classes.device) * rows.present
-    write = (rows.present & centers.isfinite().all(1))[row]
-    classes = rows.classes[row]
-    centroids[classes] = torch.where(write.unsqueeze(1), centers[row], centroids[classes])
+    row = torch.arange(groups.classes.numel(), device=groups.classes.device) * groups.taken
+    write = (groups.taken & centroid.isfinite().all(1))[row]
+    classes = groups.classes[row]
+    centroids[classes] = torch.where(write.unsqueeze(1), centroid[row], centroids[classes])
     seen[classes] = seen[classes] | write
 
 
