@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from robustfast import cli, disk
 from robustfast.evaluation import command, input_hessian_spectrum, runs, survival, table
+from robustfast.evaluation.repeats import tolerance_of
 from robustfast.evaluation.report import corruption_errors, render, worst_images
 from robustfast.training import data, load_classifier, preset, train
 
@@ -73,6 +74,13 @@ def test_files_agree_with_the_functions(place):
     assert sum(group["images"] for group in explained["groups"]) == 40
     expected = stats.spearmanr((columns["spectrum"].astype(float) ** 2).sum(1), counts).statistic
     assert explained["per image"]["spearman"] == pytest.approx(expected, nan_ok=True)
+    counts = np.stack(
+        [(columns[f"gaussian {s}/prediction"] == columns["label"][:, None]).sum(1) for s in (0.2, 0.4)], 1
+    )
+    clean = torch.from_numpy(columns["clean/prediction"][:, 0] == columns["label"])
+    scales = tolerance_of(clean, torch.from_numpy(counts), [0.2, 0.4], 10).scale.sort().values
+    median = content["summary"]["tolerance"]["median"]
+    assert (median is None and scales[19].isinf()) or median == scales[19]
     flips = (columns["gaussian 0.2/prediction"] != columns["clean/prediction"]).mean()
     assert summary["gaussian 0.2"]["flips"] == pytest.approx(flips)
 

@@ -18,7 +18,7 @@ from robustfast.evaluation import figures
 from robustfast.evaluation.features import principal_components
 from robustfast.evaluation.figures import Series
 from robustfast.evaluation.intervals import paired
-from robustfast.evaluation.summary import right_share
+from robustfast.evaluation.summary import QUARTILES, right_share
 from robustfast.evaluation.table import Columns
 from robustfast.extras import needed
 
@@ -214,10 +214,13 @@ class _View:
             if series:
                 charts.append(figures.lines(series, "noisy copies", "images with at least so many right, %",
                                             title=f"Survival, {setting}", percent=True))  # fmt: skip
-        return _section(
-            "survival",
-            charts,
-        )
+        quartiles = [
+            [group, *(_beyond(m.summary["tolerance"], name) for name in QUARTILES)]
+            for group in self.groups
+            for m in self.of(group, "tolerance")[:1]
+        ]
+        title = "Noise tolerance: the σ at which half of an image's copies are right, quartiles over the images"
+        return _section("survival", charts, [_table(title, ["", *QUARTILES], quartiles)] if quartiles else [])
 
     def curvature_section(self) -> dict[str, Any]:
         charts, tables = [], []
@@ -523,6 +526,11 @@ def _geometric(values: Sequence[float]) -> float:
 
 def _percent(value: float | None) -> str:
     return "–" if value is None or value != value else f"{100 * value:.1f}"
+
+
+def _beyond(tolerance: Mapping[str, Any], quartile: str) -> str:
+    value = tolerance[quartile]
+    return f"over {tolerance['scales'][-1]:g}" if value is None else f"{value:.3f}"
 
 
 def _signed(value: float | None) -> str:

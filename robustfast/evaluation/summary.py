@@ -12,9 +12,11 @@ from torch import Tensor
 from robustfast.evaluation.confidence import calibration_of, reliability
 from robustfast.evaluation.features import feature_statistics
 from robustfast.evaluation.intervals import correlation
+from robustfast.evaluation.repeats import tolerance_of
 from robustfast.evaluation.table import Columns
 
 RADII = 21  # points of a certified curve
+QUARTILES = {"lower quartile": 0.25, "median": 0.5, "upper quartile": 0.75}
 
 
 def summarise(columns: Columns, about: dict[str, Any], classifier: tuple[Tensor, Tensor | None] | None = None) -> dict:
@@ -29,6 +31,8 @@ def summarise(columns: Columns, about: dict[str, Any], classifier: tuple[Tensor,
         kinds.setdefault(measurement["kind"], []).append(measurement)
     found: dict[str, Any] = {"images": len(columns["id"])}
     found["settings"] = [_setting(columns, measurement) for measurement in kinds.get("Draws", [])]
+    if levels := [m for m in kinds.get("Draws", []) if m["perturbation"] == "gaussian" and m["severity"] is None]:
+        found["tolerance"] = _tolerance(columns, levels)
     if "Spectrum" in kinds:
         found["spectrum"] = _spectrum(columns)
         found["explained"] = [
@@ -84,6 +88,19 @@ def _setting(columns: Columns, measurement: dict[str, Any]) -> dict[str, Any]:
             if n
         ],
     }  # fmt: skip
+
+
+def _tolerance(columns: Columns, levels: list[dict[str, Any]]) -> dict[str, Any]:
+    """Quartiles over images of the Gaussian noise at which half of an image's draws are right; None beyond the last."""
+    levels = sorted(levels, key=lambda m: m["parameters"]["std"])
+    draws = min(m["draws"] for m in levels)
+    label = columns["label"][:, None]
+    counts = [(columns[f"{m['name']}/prediction"][:, :draws] == label).sum(1) for m in levels]
+    clean = torch.from_numpy(right_share(columns, "clean") > 0)
+    scales = [m["parameters"]["std"] for m in levels]
+    found = tolerance_of(clean, torch.from_numpy(np.stack(counts, 1)), scales, draws).scale.sort().values
+    quartiles = {name: found[int(share * (len(found) - 1))] for name, share in QUARTILES.items()}
+    return {"scales": scales, "draws": draws, **{name: _number(value) for name, value in quartiles.items()}}
 
 
 def _spectrum(columns: Columns) -> dict[str, Any]:
