@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -103,13 +102,10 @@ def test_build_without_a_compiler(tmp_path):
     """The package builds, tagged for this machine, and says afterwards what was missing."""
     environment = os.environ | {"CXX": "no-such-compiler"}
     command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", tmp_path, "build", "--build-base", tmp_path]
-    command += ["bdist_wheel", "-d", tmp_path, "-b", tmp_path / "work"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
-    assert "any" not in wheel.stem
-    with zipfile.ZipFile(wheel) as content:
-        missing = json.loads(content.read(f"robustfast/{extension.RECORD}"))["missing"]
+    (built,) = tmp_path.glob("lib.*/robustfast")  # of this machine: a package of Python alone lies in lib
+    missing = json.loads((built / extension.RECORD).read_text())["missing"]
     assert missing["cpu"] == missing["cuda"] == "CXX='no-such-compiler' is not a command"
 
 
