@@ -41,11 +41,12 @@ def classifier(fc: Any, input: Tensor, num_classes: int, dim: int) -> tuple[Tens
     """Weight and bias of the classifier of a loss for ``num_classes`` and ``dim`` features."""
     if type(fc) is not nn.Linear or "forward" in fc.__dict__:
         _affine(fc, input)
+    weight, bias = fc.weight, fc.bias
     if input.dim() == 2 and input.shape[1] != dim:
         raise ValueError(f"dim: the loss was made with dim={dim}, got input of {input.shape[1]} features")
-    if fc.weight.dim() == 2 and fc.weight.shape[0] != num_classes:
-        raise ValueError(f"num_classes: the loss was made for {num_classes}, got a classifier of {fc.weight.shape[0]}")
-    return fc.weight, fc.bias
+    if weight.dim() == 2 and weight.shape[0] != num_classes:
+        raise ValueError(f"num_classes: the loss was made for {num_classes}, got a classifier of {weight.shape[0]}")
+    return weight, bias
 
 
 _affine_modules: WeakSet[nn.Module] = WeakSet()
