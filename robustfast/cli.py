@@ -52,13 +52,20 @@ OVERWRITE = typer.Option("--overwrite", help="replace what that folder holds")
 
 def main() -> None:
     """Run the command line; a mistake of the user's is one line on stderr and exit status 1, no traceback."""
-    warnings.showwarning = lambda message, *place: print(f"robustfast: {message}", file=sys.stderr)
+    warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
         app()
     except OSError as error:
         sys.exit(f"robustfast: {error.filename}: {error.strerror}" if error.filename else f"robustfast: {error}")
     except (ValueError, FloatingPointError, ModuleNotFoundError) as error:
         sys.exit(f"robustfast: {error}")
+
+
+def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: Any) -> None:
+    """Those of this package are one line, like errors."""
+    ours = Path(robustfast.__file__).parent in Path(filename).parents
+    text = f"robustfast: {message}\n" if ours else warnings.formatwarning(message, category, filename, lineno)
+    sys.stderr.write(text)
 
 
 def _show_version(wanted: bool) -> None:
@@ -190,7 +197,7 @@ def demo(
     folders = [out / "runs" / f"{config.method}-{config.seed}" for config in configs]
     disk.make_folder(out)
     if overwrite:
-        for folder in folders:
+        for folder in (out, *folders):
             files.remove_run(folder)
     if count := sum((folder / files.RESULTS).exists() for folder in folders):
         say(f"{count} of {len(folders)} runs have finished before; --overwrite trains them anew.")

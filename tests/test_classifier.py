@@ -162,6 +162,27 @@ def test_two_ranks_take_the_step_of_one_process(tmp_path):
         torch.testing.assert_close(state, dict(step.loss.state_dict()))
 
 
+@pytest.mark.parametrize(
+    ("library", "name", "classifier", "dim"),
+    [
+        ("timm", "resnet18", None, 512),
+        ("timm", "mobilenetv3_small_050", None, 1024),
+        ("timm", "convnext_atto", None, 320),
+        ("torchvision", "resnet18", "fc", 512),
+        ("torchvision", "mobilenet_v3_small", "classifier.3", 1024),
+    ],
+)
+def test_models_of_libraries(library, name, classifier, dim):
+    package = pytest.importorskip("timm" if library == "timm" else "torchvision.models")
+    model = package.create_model(name, num_classes=4) if library == "timm" else getattr(package, name)(num_classes=4)
+    step = RobustClassifier(model.eval(), DiscriminativeLoss(4, dim), classifier=classifier, **NOISE)
+    images = torch.randint(256, (5, 3, 64, 64), dtype=torch.uint8)
+    out = step(images, LABELS)
+    out["loss"].backward()
+    torch.testing.assert_close(out["logits"], step(images), rtol=1e-3, atol=1e-4)
+    assert step.classifier.weight.grad.isfinite().all() and step.classifier.weight.grad.any()
+
+
 def test_mistakes_are_named():
     model = Named(models.build("small", channels=3, inter_dim=6, num_classes=4, seed=2))
     with pytest.raises(ValueError, match=r"^classifier: name the layer .* one of classifier\.0, classifier\.1\.0$"):

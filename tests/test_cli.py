@@ -123,10 +123,25 @@ def test_demo_and_going_on_with_it(run_dir, monkeypatch):
     documented = (ROOT / "docs" / "results.md").read_text().partition("field of the demo")[2]
     assert all(f"| `{field}` |" in documented for field in content)
 
+    files.remove_run(Path("demo"))
     monkeypatch.setattr(comparison, "compare", lambda configs, *rest: [loop.resume(folder) for folder in rest[-1]])
     again = invoke(*arguments)
     assert "2 of 2 runs have finished before; --overwrite trains them anew." in again.output
     assert disk.read_json(run_dir / "demo" / files.RESULTS)["runs"] == content["runs"]
+
+
+def test_the_demo_begun_anew_keeps_no_old_figures(run_dir, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(comparison, "compare", interrupted)
+    Path("demo/runs/noisy-0").mkdir(parents=True)
+    kept = [Path("demo/mine.txt"), Path("demo/runs/noisy-0/mine.txt")]
+    for path in (Path("demo") / files.RESULTS, Path("demo/runs/noisy-0") / files.STATE, *kept):
+        path.touch()
+    shown = invoke("demo", "--overwrite")
+    assert shown.output == "Interrupted. To go on: the same command again, without --overwrite\n"
+    assert sorted(path for path in Path("demo").rglob("*") if path.is_file()) == kept
 
 
 def test_the_demo_does_not_go_on_with_other_settings(tmp_path):
@@ -257,6 +272,8 @@ def test_warnings_of_the_data_are_one_line_on_stderr(run_dir, monkeypatch, capsy
         cli.main()
     assert exit.value.code == 0
     assert capsys.readouterr().err == "robustfast: tiny.npz: no training images of class 0; labels count from 0\n"
+    cli._show_warning("old", DeprecationWarning, "/elsewhere.py", 3)
+    assert capsys.readouterr().err == "/elsewhere.py:3: DeprecationWarning: old\n"
 
 
 @pytest.mark.parametrize("option", ["-h", "--help"])
