@@ -37,8 +37,13 @@ SCALING = {
     for size in grown
 }
 MARGIN = {"imagenet": (1024, 512, 1000), "wide": (1024, 2048, 10_000), "faces": (512, 512, 1_000_000)}
-# (N, C, H, W) of uint8 images, or (N, D) of features
-NOISE = {"paper": (128, 3, 32, 32), "imagenet": (256, 3, 224, 224), "features": (4096, 512)}
+# (N, C, H, W) of uint8 images, or (N, D) of features; -out: into buffers that are there, where new memory costs time
+NOISE = {
+    "paper": (128, 3, 32, 32),
+    "imagenet": (256, 3, 224, 224),
+    "imagenet-out": (256, 3, 224, 224),
+    "features": (4096, 512),
+}
 # Classes of a head on features (64, 128), or None: ResNet-18 on 32x32 images, ten classes
 TRAIN_STEP = {"cifar": None, **{f"head-{k}": k for k in (1000, 10_000, 100_000, 1_000_000)}}
 SHAPES: dict[str, dict[str, Any]] = {"loss": LOSS, "margin": MARGIN, "noise": NOISE, "train-step": TRAIN_STEP}
@@ -46,7 +51,7 @@ SHAPES: dict[str, dict[str, Any]] = {"loss": LOSS, "margin": MARGIN, "noise": NO
 ON_CPU = {
     "loss": ("paper", "imagenet", "wide"),
     "margin": ("imagenet",),
-    "noise": ("paper", "imagenet", "features"),
+    "noise": tuple(NOISE),
     "train-step": ("cifar", "head-1000", "head-10000"),
 }
 
@@ -174,10 +179,13 @@ def noise(shape: str, dtype: torch.dtype, device: torch.device, names: Sequence[
     seed = torch.ones((), dtype=torch.int64, device=device)
     if len(sizes) == 4:
         source = torch.randint(256, sizes, dtype=torch.uint8, device=device)
+        clean, noisy = torch.empty(2, *sizes, dtype=dtype, device=device)
+        out = (clean, noisy) if shape.endswith("-out") else None
         results = 2
 
         def add(input: Tensor, backend: str) -> Any:
-            return functional.noisy_pair(input, 0.06, **NORMALIZATION, seed=seed, dtype=dtype, backend=backend)
+            options = NORMALIZATION | {"seed": seed, "dtype": dtype, "backend": backend}
+            return functional.noisy_pair(input, 0.06, **options, out=out)
     else:
         source = torch.randn(sizes, device=device).to(dtype)
         results = 1
