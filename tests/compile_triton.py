@@ -66,6 +66,19 @@ def launch_noise(shape: list[int], dtype: str, out: str, per_sample: bool = Fals
         noise.add_noise(images, uniform, *settings)
 
 
+def launch_noise_of_epochs(batches: int) -> None:
+    """Batches of other sizes with other draws, ids and scales, which are slices that begin anywhere."""
+    images, mean = torch.empty(64, 3, 8, 8), torch.ones(4)[1:]
+    ids, scales = torch.zeros(64, dtype=torch.int64), torch.ones(64)
+    for n in range(1, batches + 1):
+        batch, own = images[n : 2 * n], slice(n, 2 * n)
+        settings = (0.1 * n, scales[own], SEED, ids[own], n, None, 0.0, 1.0)
+        noise.noisy_pair(batch, mean, mean, *settings, torch.float32)
+        noise.add_noise(batch, 0, 0.1 * n, None, SEED, ids[own], 0, ids[own], 0.0, 1.0)
+    for quads in range(1, batches + 1):
+        noise.philox_words(SEED, quads - 1, quads, 3 * quads)
+
+
 def caught_launches(problems: list[dict], family: str) -> list[tuple[JITFunction, tuple, dict]]:
     launches = []
 
@@ -76,7 +89,9 @@ def caught_launches(problems: list[dict], family: str) -> list[tuple[JITFunction
     noise.has_nvidia_instructions = lambda _: family != "amd"
     JITFunction.run = catch
     for problem in problems:
-        (launch_noise if "shape" in problem else launch_loss)(**problem)
+        (launch_noise_of_epochs if "batches" in problem else launch_noise if "shape" in problem else launch_loss)(
+            **problem
+        )
     return launches
 
 

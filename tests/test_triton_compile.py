@@ -65,6 +65,11 @@ def reports(tmp_path_factory):
         return dict(zip(TARGETS, pool.map(compile_for, TARGETS), strict=True))
 
 
+def test_noise_of_other_epochs_and_batches_needs_no_other_kernels(tmp_path):
+    kernels = [report["kernel"] for report in run_script("sm_90", [{"batches": 20}], tmp_path)]
+    assert sorted(kernels) == ["add_noise_kernel", "noisy_pair_kernel", "words_kernel"]
+
+
 def test_batches_of_other_sizes_need_no_other_kernels(tmp_path):
     """And what `launch` takes for compiled is what Triton would have taken, fused sums or not stated by all."""
     one_program, compared, sorted_by_torch, _ = run_script("kinds", [], tmp_path)
