@@ -19,12 +19,21 @@ RF_DEVICE F lanes_sum(F value, int width = 32) {
   return value;
 }
 
+// The same of several values, whose shuffles overlap.
+template <int width = 32, int count, class F>
+RF_DEVICE void lanes_sums(F (&value)[count]) {
+  RF_UNROLL
+  for (int step = width / 2; step > 0; step /= 2) {
+    RF_UNROLL
+    for (int k = 0; k < count; ++k) value[k] += __shfl_xor_sync(all_lanes, value[k], step);
+  }
+}
+
 // Sums over the block; every thread gets them. All threads call it.
 template <int count, class F>
 RF_DEVICE void block_sum(F (&value)[count]) {
   __shared__ F of_warp[count][max_warps];
-  RF_UNROLL
-  for (int k = 0; k < count; ++k) value[k] = lanes_sum(value[k]);
+  lanes_sums(value);
   __syncthreads();  // of an earlier call's reads
   if (lane_id() == 0) {
     RF_UNROLL
@@ -32,9 +41,8 @@ RF_DEVICE void block_sum(F (&value)[count]) {
   }
   __syncthreads();
   RF_UNROLL
-  for (int k = 0; k < count; ++k) {
-    value[k] = lanes_sum(lane_id() < num_warps() ? of_warp[k][lane_id()] : F(0));
-  }
+  for (int k = 0; k < count; ++k) value[k] = lane_id() < num_warps() ? of_warp[k][lane_id()] : F(0);
+  lanes_sums(value);
 }
 
 // The sum over the threads before this one; `total` gets that over all. All threads call it.
@@ -61,9 +69,9 @@ RF_DEVICE I block_scan(I value, I& total) {
 // Whether this block is the last of `count` to come here, so that it sees what the others wrote. All threads call it.
 RF_DEVICE bool last_to_arrive(unsigned* counter, unsigned count) {
   __shared__ bool last;
-  __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
+    __threadfence();  // of what all threads wrote: the barrier put it before
     last = atomicAdd(counter, 1) == count - 1;
     if (last) *counter = 0;
     __threadfence();

@@ -36,26 +36,34 @@ RF_DEVICE void sum_chunk(const Loss<Wide>& a, const Workspace<Wide>& w, const Ch
 }
 
 // From the sum in `mu` to the rest of the row.
-template <int norm, class Wide>
+template <int norm, int count, class Wide>
 RF_DEVICE void finish_centroid(const Loss<Wide>& a, const Workspace<Wide>& w, const Chunk& chunk, Wide* mu) {
-  const int64_t c = a.classes[chunk.row];
+  const int64_t c = a.classes[chunk.row], first = int64_t(threadIdx.x) * count, step = centroids_threads * count;
   const bool seen = a.seen[c];
-  Wide* centroid = a.centroid + chunk.row * a.dim;
+  const Wide samples = Wide(chunk.count());
+  Wide *centroid = a.centroid + chunk.row * a.dim, *state = a.centroids + c * a.dim;
   Wide sums[3] = {0, 0, 0};  // terms of ||m_c||, W_c . mu_c, coordinates that are not finite
 #pragma unroll 1
-  for (int64_t d = threadIdx.x; d < a.dim; d += centroids_threads) {
-    const Wide mean = mu[d] / Wide(chunk.count());
-    const Wide blended = momentum_centroid(mean, a.centroids[c * a.dim + d], seen, a.momentum);
-    mu[d] = mean;
-    centroid[d] = blended;
-    sums[0] += norm_term<norm>(blended);
-    sums[1] += element<Wide>(a.weight, c, d) * mean;
-    sums[2] += Wide(!is_finite(blended));
+  for (int64_t d = first; d < a.dim; d += step) {
+    auto mean = load_pack<count>(mu, d, a.dim), blended = load_pack<count>(state, d, a.dim);
+    const auto own = load_elements<Wide, count>(a.weight, c, d);
+    RF_UNROLL
+    for (int k = 0; k < count; ++k) {
+      mean.value[k] /= samples;
+      blended.value[k] = momentum_centroid(mean.value[k], blended.value[k], seen, a.momentum);
+      sums[0] += norm_term<norm>(blended.value[k]);
+      sums[1] += own.value[k] * mean.value[k];
+      sums[2] += Wide(!is_finite(blended.value[k]));
+    }
+    store_pack<Reuse::soon>(mu, d, a.dim, mean);
+    store_pack<Reuse::soon>(centroid, d, a.dim, blended);
   }
   block_sum(sums);
   const bool writes = a.update_state && sums[2] == Wide(0);
   if (writes) {
-    for (int64_t d = threadIdx.x; d < a.dim; d += centroids_threads) a.centroids[c * a.dim + d] = centroid[d];
+    for (int64_t d = first; d < a.dim; d += step) {
+      store_pack<Reuse::soon>(state, d, a.dim, load_pack<count>(centroid, d, a.dim));
+    }
   }
   if (threadIdx.x != 0) return;
   w.length[chunk.row] = length_of<norm>(sums[0]);
@@ -75,7 +83,7 @@ __global__ void __launch_bounds__(centroids_threads, 3) centroids_kernel(const L
     add_chunks(chunk, w.partial, a.dim, mu);
   }
   __syncthreads();
-  finish_centroid<norm>(a, w, chunk, mu);
+  w.quads ? finish_centroid<norm, quad>(a, w, chunk, mu) : finish_centroid<norm, 1>(a, w, chunk, mu);
 }
 
 }  // namespace

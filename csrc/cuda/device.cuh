@@ -5,6 +5,9 @@
 #include <cuda_runtime.h>
 
 #include <cassert>
+#include <mutex>
+#include <set>
+#include <utility>
 
 #include "common/half.h"
 
@@ -26,6 +29,11 @@ RF_DEVICE void device_assert(bool holds, const char* message) {
 struct alignas(16) Vector16 {
   uint32_t word[4];
 };
+
+RF_DEVICE uint64_t load8(const void* from) {
+  const uint2 value = *static_cast<const uint2*>(from);
+  return uint64_t(value.y) << 32 | value.x;
+}
 
 RF_DEVICE Vector16 load16(const void* from) {
   const uint4 value = *static_cast<const uint4*>(from);
@@ -148,18 +156,28 @@ RF_DEVICE void multiply_add(float (&sum)[4], const uint32_t (&a)[4], const uint3
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// What a kernel may ask for at a launch, beside up to 3 KiB of its own: the most that every architecture has.
+// What a kernel may ask for at a launch, beside its own: the most that every architecture has.
 constexpr size_t most_shared_bytes = 96 * 1024;
+
+// Permission for that, which the driver is asked for once for a kernel and a device: it takes longer than a launch.
+inline cudaError_t permit_shared(const void* kernel) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> permitted;
+  int device;
+  cudaError_t error = cudaGetDevice(&device);
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (error != cudaSuccess || permitted.count({kernel, device})) return error;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(most_shared_bytes));
+  if (error == cudaSuccess) permitted.insert({kernel, device});
+  return error;
+}
 
 // Launches on a stream of the current device.
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, unsigned block, size_t shared_bytes, cudaStream_t stream,
                    const Arguments&... arguments) {
-  // 48 KiB, with what is the kernel's own, need no permission. What is asked for is the same each time: a launch from
-  // another thread may come between these two.
-  if (shared_bytes > 32 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(most_shared_bytes));
+  if (shared_bytes > 32 * 1024) {  // 48 KiB, with what is the kernel's own, need no permission
+    const cudaError_t error = permit_shared(reinterpret_cast<const void*>(kernel));
     if (error != cudaSuccess) return cudaGetLastError();
   }
   kernel<<<grid, block, shared_bytes, stream>>>(arguments...);

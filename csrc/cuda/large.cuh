@@ -17,6 +17,7 @@ template <class Wide>
 struct Workspace {
   Groups groups;
   MarginSearch<Wide> search;
+  bool quads;          // rows of W and of the state are made of fours
   Wide* partial;       // (places, dim): sums of the chunks of rows with several, see Chunk::place
   Wide* squares;       // (max_chunks, 2): squared hinges of each chunk's samples
   Wide *length, *tau;  // (rows): ||m_c||, d m_c / d mu_c

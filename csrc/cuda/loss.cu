@@ -97,6 +97,7 @@ void Workspace<Wide>::place(Arena& arena, const Loss<Wide>& a) {
   search.dim = a.dim, search.num_classes = a.num_classes, search.rows = a.rows;
   search.winner = a.winner;
   search.place(arena);
+  quads = whole_quads(a.weight, a.dim) && reinterpret_cast<uintptr_t>(a.centroids) % 16 == 0;
   partial = arena.take<Wide>(2 * (a.n / groups.chunk_size + 1) * a.dim);
   squares = arena.take<Wide>(2 * groups.max_chunks());
   length = arena.take<Wide>(a.rows);

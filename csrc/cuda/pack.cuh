@@ -7,11 +7,13 @@
 
 namespace robustfast::cuda {
 
-// `count` is one or fills 16-byte words.
+// `count` is one, or fills 16-byte words or half of one.
 template <class T, int count>
-struct alignas(count == 1 ? alignof(T) : 16) Pack {
+struct alignas(count == 1               ? alignof(T)
+               : count * sizeof(T) < 16 ? 8
+                                        : 16) Pack {
   static constexpr int words = count * sizeof(T) / 16;
-  static_assert(count == 1 || count * sizeof(T) == words * 16);
+  static_assert(count == 1 || count * sizeof(T) == (words > 0 ? words * 16 : 8));
   T value[count];
 };
 
@@ -39,6 +41,9 @@ RF_DEVICE Pack<T, count> load_pack(const T* row, int64_t column, int64_t dim) {
   if (column >= dim) return pack;
   if constexpr (count == 1) {
     pack.value[0] = row[column];
+  } else if constexpr (Pack<T, count>::words == 0) {
+    const uint64_t word = load8(row + column);
+    memcpy(&pack, &word, sizeof(pack));
   } else {
     Vector16 word[Pack<T, count>::words];
     RF_UNROLL
@@ -66,6 +71,27 @@ RF_DEVICE void store_pack(T* row, int64_t column, int64_t dim, const Pack<T, cou
   }
 }
 
+// What a thread takes of a row of any dtype beside tables: four elements, or one where rows are not made of fours.
+constexpr int quad = 4;
+
+inline bool whole_quads(const Matrix& matrix, int64_t dim) {
+  const size_t bytes = visit(matrix.dtype, [](auto zero) { return quad * sizeof(zero); });
+  return dim % quad == 0 && matrix.stride % quad == 0 &&
+         reinterpret_cast<uintptr_t>(matrix.data) % (bytes < 16 ? bytes : 16) == 0;
+}
+
+// Elements [column, column + count) of row i of a matrix whose dtype only the launch knows.
+template <class Wide, int count>
+RF_DEVICE Pack<Wide, count> load_elements(const Matrix& matrix, int64_t i, int64_t column) {
+  return visit(matrix.dtype, [&](auto zero) {
+    const auto narrow = load_pack<count>(matrix.row<decltype(zero)>(i), column, column + 1);
+    Pack<Wide, count> pack;
+    RF_UNROLL
+    for (int k = 0; k < count; ++k) pack.value[k] = Wide(to_float(narrow.value[k]));
+    return pack;
+  });
+}
+
 // How the threads of a block share rows: teams of neighbouring threads, a power of two of them, one row each.
 struct Teams {
   int size, count;  // threads of a team, teams of a block
@@ -81,10 +107,11 @@ struct Teams {
   // Sums of each of `count` values over the team, for every thread of it. All threads of the block call it.
   template <int count, class F>
   RF_DEVICE void sum(F (&value)[count]) const {
-    __shared__ F of_warp[max_warps][count];
-    RF_UNROLL
-    for (int k = 0; k < count; ++k) value[k] = lanes_sum(value[k], size < 32 ? size : 32);
-    if (size <= 32) return;
+    alignas(16) __shared__ F of_warp[max_warps][count];
+    if (size == 8) return lanes_sums<8>(value);
+    if (size == 16) return lanes_sums<16>(value);
+    lanes_sums(value);
+    if (size == 32) return;
     __syncthreads();  // of an earlier call's reads
     RF_UNROLL
     for (int k = 0; k < count; ++k) {

@@ -23,8 +23,14 @@ struct alignas(16) Vector16 {
   uint32_t word[4];
 };
 
-inline void check_alignment(const void* at) {
-  if (reinterpret_cast<uintptr_t>(at) % 16) emulation::fail_assertion("a 16-byte access is not aligned");
+inline void check_alignment(const void* at, unsigned bytes = 16) {
+  if (reinterpret_cast<uintptr_t>(at) % bytes) emulation::fail_assertion("a wide access is not aligned");
+}
+RF_DEVICE uint64_t load8(const void* from) {
+  check_alignment(from, 8);
+  uint64_t value;
+  memcpy(&value, from, 8);
+  return value;
 }
 RF_DEVICE Vector16 load16(const void* from) {
   check_alignment(from);
