@@ -1,12 +1,14 @@
 """Attacks: within the ball, no weaker with more, each image's worst kept, and an audit that sees masked gradients."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 from evaluated_models import Net, images
 from torch import nn
 
-from robustfast.evaluation import attack, audited_attack, random_search
+from robustfast.evaluation import attack, audited_attack, autoattack, random_search
 from robustfast.evaluation.attacks import _checkpoints, inside, judged
 
 X = images(16)
@@ -103,3 +105,22 @@ def test_mistakes_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_autoattack_is_no_weaker_and_leaves_the_generator(norm):
+    pytest.importorskip("pyautoattack")
+    state = torch.get_rng_state()
+    epsilon = 0.05 if norm == "linf" else 0.3
+    found = autoattack(NET, X, Y, norm=norm, epsilon=epsilon)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert inside(found, X, norm, epsilon)
+    ours = judged(NET, attack(NET, X, Y, norm=norm, epsilon=epsilon, steps=40), Y)[1]
+    assert judged(NET, found, Y)[1].sum() >= ours.sum() > 0
+    assert autoattack(NET, X[:0], Y[:0], norm=norm, epsilon=epsilon).shape == (0, 1, 8, 8)
+
+
+def test_autoattack_names_its_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pyautoattack is not installed; .*attack"):
+        autoattack(NET, X, Y, epsilon=0.1)

@@ -4,7 +4,7 @@ Functions on tensors: images (N, C, H, W) in [0, 1], models that map them to log
 (seed, sample id, draw), so it is the same for every model, batch size and device.
 """
 
-from robustfast.evaluation.attacks import Audit, attack, audited_attack, random_search
+from robustfast.evaluation.attacks import Audit, attack, audited_attack, autoattack, random_search
 from robustfast.evaluation.certificates import Certificate, certified_accuracy, certify
 from robustfast.evaluation.confidence import Calibration, calibration
 from robustfast.evaluation.features import (
@@ -47,6 +47,7 @@ __all__ = [
     "accuracy",
     "attack",
     "audited_attack",
+    "autoattack",
     "boundary_distance",
     "calibration",
     "certified_accuracy",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from robustfast.evaluation.models import Model, checked_images, checked_labels, evaluating, logits_of, positive
 from robustfast.evaluation.perturbations import Key
+from robustfast.extras import needed
 from robustfast.functional import gaussian_noise, uniform_noise
 
 
@@ -234,6 +235,49 @@ def _searched(model, images, labels, ids, ball, queries, seed) -> Tensor:
         candidate = ball.project(images + move)
         best.update(candidate, *judged(model, candidate, labels))
     return best.images
+
+
+def autoattack(
+    model: Model,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    norm: str = "linf",
+    epsilon: float,
+    version: str = "standard",
+    seed: int = 0,
+    batch_size: int = 256,
+) -> Tensor:
+    """The full AutoAttack of Croce and Hein 2020, by the package pyautoattack; PyTorch's generators stay as they were.
+
+    It draws from PyTorch's generators, so that its result depends on the batches, unlike those of :func:`attack`.
+
+    Args:
+        version: "standard", "plus" or "rand".
+        Otherwise as in :func:`attack`.
+
+    Raises:
+        ModuleNotFoundError: pyautoattack is not installed.
+        TypeError, ValueError: as of :func:`attack`.
+    """
+    with needed("attack"):
+        from pyautoattack import AutoAttack
+    checked_images(images)
+    checked_labels(labels, images)
+    checked_ball(norm, epsilon)
+    if version not in ("standard", "plus", "rand"):
+        raise ValueError(f"version: expected standard, plus or rand, got {version!r}")
+    if not len(images):
+        return images.clone()
+    with evaluating(model), torch.random.fork_rng():
+        classes = logits_of(model, images[:1], labels[:1]).shape[1]
+        runner = AutoAttack(
+            model, norm={"linf": "Linf", "l2": "L2"}[norm], eps=epsilon, version=version, seed=seed,
+            device=images.device,
+        )  # fmt: skip
+        for part in (runner.apgd_targeted, runner.fab):
+            part.n_target_classes = min(part.n_target_classes, classes - 1)
+        return runner.run_standard_evaluation(images, labels.long(), batch_size=batch_size)[0]
 
 
 class Audit(NamedTuple):
