@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from evaluated_models import Net
+from PIL import Image
 from safetensors.torch import save_file
 from scipy import stats
 from typer.testing import CliRunner
@@ -271,3 +272,22 @@ def test_code_of_the_documentation_runs(place, capsys):
     for block in blocks:
         exec(compile(block, "docs/evaluation.md", "exec"), names)
     assert len(blocks) == 2 and names["counts"].max() <= 10 and (place / "mine/images.npz").exists()
+
+
+def test_streamed_folders(place):
+    rng = np.random.default_rng(1)
+    for i in range(6):
+        file = place / f"photos/{'ab'[i % 2]}/{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (9 + i, 12, 3), dtype=np.uint8)).save(file)
+    (place / "colour.py").write_text(
+        "import torch\n"
+        "def make(): return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2))\n"
+    )  # fmt: skip
+    shown = invoke(
+        "evaluate", "--model", "colour:make", "--data", "images:photos", "--size", 8, "--out", "photographed"
+    )
+    assert shown.exit_code == 0, (shown.output, shown.exception)
+    columns, about = table.read(place / "photographed/images.npz")
+    assert columns["label"].tolist() == [0, 0, 0, 1, 1, 1] and about["image"] == [3, 8, 8]
+    assert "data:image/png" in (place / "photographed/report.html").read_text()

@@ -36,8 +36,9 @@ def evaluate(
     pixel_std: Annotated[list[float] | None, typer.Option(help="its normalisation; repeat for each channel")] = None,
     training_sigma: Annotated[float, typer.Option(help="of --model's training noise, scales the suite")] = 0.06,
     data: Annotated[
-        str | None, typer.Option(help="test images: digits, npz:FILE, folder:DIR and others", show_default="the run's")
+        str | None, typer.Option(help="test images: digits, npz:FILE, images:DIR and others", show_default="the run's")
     ] = None,
+    size: Annotated[int, typer.Option(min=1, help="side that images:DIR are resized and cut to")] = 224,
     sigma: Annotated[
         list[float] | None, typer.Option(help="of the noise; repeat the option", show_default="those of the run")
     ] = None,
@@ -55,7 +56,7 @@ def evaluate(
     Of each run, RUN/evaluation-SUITE gets images.npz, what happened to every image, and results.json. An interrupted
     evaluation goes on. Under torchrun the ranks share the images.
     """
-    options = runs.Options(suite, data, tuple(sigma) if sigma else None, seed, batch_size, device, overwrite)
+    options = runs.Options(suite, data, tuple(sigma) if sigma else None, seed, batch_size, device, size, overwrite)
     if bool(folders) == bool(model):
         raise ValueError("expected folders of runs, or --model")
     if page is not None:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 import robustfast
 from robustfast import disk
 from robustfast.evaluation import report, stream, table
+from robustfast.evaluation.folders import ImageFolder
 from robustfast.evaluation.models import Normalized
 from robustfast.evaluation.suites import SUITES, suite
 from robustfast.evaluation.summary import summarise
@@ -63,6 +64,7 @@ class Options:
     seed: int = 0
     batch_size: int = 256
     device: str = "auto"
+    size: int = 224
     overwrite: bool = False
 
 
@@ -136,34 +138,35 @@ def evaluate(
         for name in (stream.TABLE, RESULTS):
             (out / name).unlink(missing_ok=True)
         shutil.rmtree(out / stream.PARTS, ignore_errors=True)
-    _, test, classes = data.load(subject.source)
-    image = tuple(test.pixels.shape[1:])
-    if subject.image is not None and (image, classes) != (subject.image, subject.classes):
+    source = open_source(subject.source, options.size)
+    if subject.image is not None and (source.image, source.classes) != (subject.image, subject.classes):
         raise ValueError(
             f"{subject.source}: the model takes images {list(subject.image)} of classes {list(subject.classes or ())}, "
-            f"got {list(image)} of {list(classes)}"
+            f"got {list(source.image)} of {list(source.classes)}"
         )
     features = all(hasattr(getattr(subject.model, "model", subject.model), part) for part in ("features", "fc"))
-    std = subject.pixel_std if len(subject.pixel_std) == image[0] else subject.pixel_std * image[0]
-    chosen = suite(options.suite, image, sigma=subject.sigma, sigmas=subject.sigmas, pixel_std=std, features=features)
-    start, total = time.perf_counter(), len(test.labels)
+    std = subject.pixel_std if len(subject.pixel_std) == source.image[0] else subject.pixel_std * source.image[0]
+    chosen = suite(
+        options.suite, source.image, sigma=subject.sigma, sigmas=subject.sigmas, pixel_std=std, features=features
+    )
+    start = time.perf_counter()
     columns, about = stream.measure(
         subject.model,
-        _batches(test),
+        source.batches(),
         chosen,
         out,
         seed=options.seed,
         batch_size=options.batch_size,
         device=pick_device(options.device),
-        about={"suite": options.suite, "data": subject.source, "sigma": subject.sigma},
-        on_images=None if on_images is None else lambda count: on_images(count, total),
+        about={"suite": options.suite, "data": subject.source, "image": source.image, "sigma": subject.sigma},
+        on_images=None if on_images is None else lambda count: on_images(count, source.total),
     )
     fc: Any = subject.model.fc if features else None
     summary = summarise(columns, about, (fc.weight, fc.bias) if features else None)
     if _rank() == 0 and not (out / RESULTS).exists():
         content = {
             "format": stream.FORMAT, "name": subject.name, "group": subject.group, "seed": subject.seed,
-            "classes": list(classes), "about": about, "summary": summary, "environment": environment(),
+            "classes": list(source.classes), "about": about, "summary": summary, "environment": environment(),
             "pixels": hashlib.blake2b(columns["pixels"].tobytes(), digest_size=16).hexdigest(),
             "seconds": time.perf_counter() - start,
         }  # fmt: skip
@@ -200,20 +203,17 @@ def find(place: Path) -> Path:
 
 def write_page(path: Path, models: Sequence[report.Evaluated], source: str, title: str) -> None:
     """The page about evaluated models, with their worst images."""
-    _, test, classes = data.load(source)
+    opened = open_source(source, models[0].about["image"][-1])
     sigma = models[0].about["sigma"]
     ids = {
         int(model.columns[table.ID][row])
         for model in models
-        if f"gaussian {sigma:g}/nll" in model.columns
+        if f"gaussian {sigma:g}/nll" in model.columns and opened.image[0] in data.CHANNELS
         for row in report.worst_images(model.columns, f"gaussian {sigma:g}")
     }
-    scale = 255 if test.pixels.dtype == torch.uint8 else 1
-    pictures = {id_: test.pixels[id_].numpy() / scale for id_ in ids if id_ < len(test.labels)}
-    if test.pixels.shape[1] not in (1, 3):
-        pictures = {}
+    pictures = {id_: opened.picture(id_) for id_ in ids if id_ < opened.total}
     report.write(
-        path, models, title=title, classes=classes, sigma=sigma, pictures=pictures,
+        path, models, title=title, classes=opened.classes, sigma=sigma, pictures=pictures,
         provenance=provenance(models, source),
     )  # fmt: skip
 
@@ -252,9 +252,35 @@ def _commit() -> str | None:
         return None
 
 
-def _batches(test: data.Images) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    for part in torch.arange(len(test.labels)).split(BATCH):
-        yield test.pixels[part], test.labels[part], part
+class Source(NamedTuple):
+    """Test images: how many, (C, H, W), the classes' names, the batches, and one image in [0, 1] by its id."""
+
+    total: int
+    image: tuple[int, ...]
+    classes: tuple[str, ...]
+    batches: Callable[[], Iterator[tuple[Tensor, Tensor, Tensor]]]
+    picture: Callable[[int], np.ndarray]
+
+
+def open_source(source: str, size: int) -> Source:
+    """The test images of ``images:DIR``, streamed and cut to ``size``, or of what :func:`robustfast.training.data.load`
+    takes, held in memory."""
+    kind, _, path = source.partition(":")
+    if kind == "images" and path:
+        folder = ImageFolder(Path(path), size)
+        return Source(
+            len(folder), (3, size, size), folder.classes, lambda: folder.batches(BATCH),
+            lambda id_: folder[id_][0].numpy() / 255,
+        )  # fmt: skip
+    _, test, classes = data.load(source)
+    scale = 255 if test.pixels.dtype == torch.uint8 else 1
+
+    def batches() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for part in torch.arange(len(test.labels)).split(BATCH):
+            yield test.pixels[part], test.labels[part], part
+
+    image = tuple(test.pixels.shape[1:])
+    return Source(len(test.labels), image, classes, batches, lambda id_: test.pixels[id_].numpy() / scale)
 
 
 def _rank() -> int:
