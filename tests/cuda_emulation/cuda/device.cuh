@@ -102,11 +102,17 @@ RF_DEVICE uint32_t pack_bfloat16(float low, float high) {
   return uint32_t(from_float<bfloat16>(high).bits) << 16 | from_float<bfloat16>(low).bits;
 }
 
-// Matrix j of the four has its rows at the addresses that lanes 8 j ... 8 j + 7 give; see csrc/cuda/device.cuh.
+// Matrix j of the four has its rows at the addresses that lanes 8 j ... 8 j + 7 give; see csrc/cuda/device.cuh. Eight
+// rows are loaded in one cycle where no two of them meet the same four of the 32 banks: asserted here.
 RF_DEVICE void load_matrices(uint32_t (&fragment)[4], const uint16_t* row) {
   check_alignment(row);
   const auto rows = emulation::gather("load_matrices", row);
   const unsigned lane = emulation::lane();
+  unsigned banks[4] = {};
+  for (unsigned l = 0; l < 32; ++l) banks[l / 8] |= 1u << reinterpret_cast<uintptr_t>(rows[l]) / 16 % 8;
+  for (unsigned of_matrix : banks) {
+    if (of_matrix != 0xff) emulation::fail_assertion("rows of a matrix are in the same banks");
+  }
   for (unsigned j = 0; j < 4; ++j) memcpy(&fragment[j], rows[8 * j + lane / 4] + 2 * (lane % 4), 4);
 }
 
