@@ -71,6 +71,9 @@ def test_files_agree_with_the_functions(place):
     assert summary["gaussian 0.2"]["survival"] == np.bincount(counts, minlength=11).tolist()
     assert about == content["about"] and about["data"] == "npz:tiny.npz" and len(about["model"]) == 32
     assert content["environment"]["torch"] == torch.__version__
+    documented = (ROOT / "docs/results.md").read_text().partition("field of an evaluation")[2]
+    everything = runs.read(place / "normal-0/evaluation-paper").summary
+    assert [field for field in (*content, *everything) if f"`{field}`" not in documented] == []
     explained = content["summary"]["explained"][0]
     assert sum(group["images"] for group in explained["groups"]) == 40
     expected = stats.spearmanr((columns["spectrum"].astype(float) ** 2).sum(1), counts).statistic

@@ -7,7 +7,7 @@ import torch
 from evaluated_models import Net, images, labels
 from scipy import stats
 
-from robustfast.evaluation import certified_accuracy, certify, perturb, survival, tolerance
+from robustfast.evaluation import certified_accuracy, certify, decide_survival, perturb, survival, tolerance
 from robustfast.evaluation.intervals import binomial_interval
 from robustfast.evaluation.repeats import tolerance_of
 from robustfast.functional import gaussian_noise
@@ -95,6 +95,26 @@ def test_tolerance_brackets_the_true_one():
     assert len(tolerance(Narrow(), x[:0], torch.zeros(0, dtype=torch.int64), scales).scale) == 0
 
 
+def test_sequential_decisions_keep_their_error_and_their_draws():
+    x = torch.full((300, 1, 1, 1), 0.5)
+    x[:100], x[100:200] = 0.8, 0.2  # right with probability 0.88, 0.12 and 0.5 at this scale
+    y = torch.ones(300, dtype=torch.int64)
+    found = decide_survival(Threshold(), x, y, share=0.7, error=0.05, first=10, most=160, scale=0.25)
+    assert (found.above[:100] == 0).sum() <= 5 and (found.above[:100] == 1).sum() > 80
+    assert (found.above[100:] == 1).sum() <= 10
+    assert found.draws[100:200].max() < found.draws[:100].max() == 160
+    counts = survival(Threshold(), x, y, scale=0.25, draws=10)
+    clear = (counts == 0) & (torch.arange(300) >= 100)
+    assert clear.any() and (found.draws[clear] == 10).all() and (found.above[clear] == 0).all()
+    part = decide_survival(
+        Threshold(), x[90:110], y[90:110], share=0.7, error=0.05, first=10, most=160, scale=0.25,
+        sample_ids=torch.arange(90, 110), batch_size=7,
+    )  # fmt: skip
+    assert torch.equal(part.above, found.above[90:110]) and torch.equal(part.draws, found.draws[90:110])
+    none = decide_survival(Threshold(), x[:0], y[:0], share=0.5)
+    assert len(none.above) == len(none.draws) == 0
+
+
 def test_binomial_interval_is_scipys():
     low, high = binomial_interval(torch.tensor([0, 3, 10]), 10, 0.9)
     for k, a, b in zip((0, 3, 10), low, high, strict=True):
@@ -119,6 +139,8 @@ def test_mistakes_are_named(net):
         (lambda: certify(net, X, sigma=0.0), "sigma: expected a finite number above 0"),
         (lambda: certify(net, X, sigma=0.1, alpha=1), "alpha: expected 0 < alpha < 1"),
         (lambda: certify(net, X, sigma=0.1, n=0), "n: expected a whole number"),
+        (lambda: decide_survival(net, X, Y, share=1), "share: expected a number between 0 and 1"),
+        (lambda: decide_survival(net, X, Y, share=0.5, most=3), r"most: expected at least first \(10\), got 3"),
         (lambda: tolerance(net, X, Y, [0.2, 0.1]), "scales: expected ascending numbers above 0"),
     ):
         with pytest.raises((ValueError, TypeError), match=message):

@@ -63,8 +63,7 @@ class Rowwise(torch.nn.Module):
 
 
 @pytest.mark.parametrize("size", [1, 7, 64])
-def test_bytes_do_not_depend_on_the_batches(tmp_path, size):
-    torch.set_num_threads(1)
+def test_bytes_do_not_depend_on_the_batches(tmp_path, one_thread, size):
     chosen = [m for m in EVERYTHING if m.name not in ("bounds", "features")]
     measure(Rowwise(), batches(20), chosen, tmp_path / "whole", batch_size=20)
     measure(Rowwise(), batches(3, torch.randperm(20)), chosen, tmp_path / "other", batch_size=size)

@@ -29,7 +29,7 @@ from robustfast.evaluation.intervals import Correlation, Paired, correlation, pa
 from robustfast.evaluation.models import Normalized
 from robustfast.evaluation.noise import accuracy, noise_curve
 from robustfast.evaluation.perturbations import PERTURBATIONS, perturb
-from robustfast.evaluation.repeats import Tolerance, survival, tolerance
+from robustfast.evaluation.repeats import Decision, Tolerance, decide_survival, survival, tolerance
 
 __all__ = [
     "PERTURBATIONS",
@@ -37,6 +37,7 @@ __all__ = [
     "Calibration",
     "Certificate",
     "Correlation",
+    "Decision",
     "Eigenvalues",
     "Estimate",
     "FeatureStatistics",
@@ -54,6 +55,7 @@ __all__ = [
     "certify",
     "correlation",
     "curvature",
+    "decide_survival",
     "feature_statistics",
     "hessian_trace",
     "input_hessian_spectrum",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import torch
 import torch.distributed as dist
 import typer
 from rich import box
@@ -75,8 +76,12 @@ def evaluate(
             places = [runs.folder_of(folder, suite) for folder in folders or []]
         models = []
         for subject, place in zip(subjects, places, strict=True):
-            with _progress(subject.name) as step:
-                models.append(runs.evaluate(subject, place, options, step))
+            try:
+                with _progress(subject.name) as step:
+                    models.append(runs.evaluate(subject, place, options, step))
+            except KeyboardInterrupt:
+                console.print("Interrupted. To go on: the same command again" + ", without --overwrite" * overwrite)
+                raise typer.Exit(130) from None
         if not dist.is_initialized() or dist.get_rank() == 0:
             target = page or places[0] / "report.html"
             runs.write_page(target, models, subjects[0].source, f"{subjects[0].source}: what the models withstand")
@@ -155,6 +160,8 @@ def _ranks() -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
         return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("gloo")
     try:
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -113,3 +114,65 @@ def tolerance_of(
     maybe_right = (upper >= 0.5).flip(1).long().cummax(1).values.sum(1)
     beyond = torch.cat((grid[1:], grid.new_tensor([torch.inf])))
     return Tolerance(middle, grid[surely_right * clean], beyond[maybe_right * clean])
+
+
+class Decision(NamedTuple):
+    """Whether an image's probability to be classified rightly is above a share: int64 (N,), 1 above, 0 below, -1 not
+    decided; and the draws that this took, int64 (N,)."""
+
+    above: Tensor
+    draws: Tensor
+
+
+def decide_survival(
+    model: Model,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    share: float,
+    error: float = 0.01,
+    first: int = 10,
+    most: int = 640,
+    noise: str = "gaussian",
+    scale: float = 0.06,
+    seed: int = 0,
+    sample_ids: Tensor | None = None,
+    batch_size: int = 256,
+) -> Decision:
+    """Sequential survival: images that are clear after few draws get no more, and each decision keeps its error.
+
+    After ``first`` draws, and whenever their number has doubled, up to ``most``, an image is decided if the
+    Clopper-Pearson interval of its probability leaves out ``share``. Each of the L looks has the confidence 1 -
+    error / L, so that a decision is wrong with probability ``error`` at most (union bound), however early it falls.
+
+    Args:
+        share: 0 < share < 1, of the noisy copies.
+        error: the probability of a wrong decision on one image.
+        first, most: draws at the first and at the last look.
+        Otherwise as in :func:`survival`, whose draws these are.
+    """
+    for name, value in (("share", share), ("error", error)):
+        if not 0 < value < 1:
+            raise ValueError(f"{name}: expected a number between 0 and 1, got {value!r}")
+    positive("first", first)
+    if most < first:
+        raise ValueError(f"most: expected at least first ({first}), got {most!r}")
+    ids = checked_images(images, sample_ids)
+    checked_labels(labels, images)
+    positive("batch_size", batch_size)
+    looks = [0, first]
+    while looks[-1] * 2 <= most:
+        looks.append(looks[-1] * 2)
+    noisy = noise_of(noise, scale, seed, (0.0, 1.0))
+    right, above = (torch.zeros(len(images), dtype=torch.int64, device=images.device) for _ in range(2))
+    above, used = above - 1, torch.zeros_like(above)
+    with evaluating(model):
+        for before, now in itertools.pairwise(looks):
+            open_ = (above < 0).nonzero().squeeze(1)
+            x, y = images[open_], labels[open_]
+            for place, _, logits in noisy_logits(model, x, ids[open_], y, noisy, range(before, now), batch_size):
+                right.index_add_(0, open_[place], (logits.argmax(1) == y[place]).long())
+            low, high = binomial_interval(right[open_], now, 1 - error / (len(looks) - 1))
+            above[open_] = torch.where(low > share, 1, torch.where(high < share, 0, -1))
+            used[open_] = now
+    return Decision(above, used)
