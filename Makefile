@@ -12,6 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Releases of PyTorch whose headers `make abi` compiles against, and under which `make check-wheel` runs the tests.
 ABI_TORCH ?= 2.10.0 2.11.0 2.13.0 2.14.1
 WHEEL_TORCH ?= 2.10.0 2.14.1
+WHEEL_PYTHONS ?= python
 HEADERS := $(or $(ROBUSTFAST_TORCH_HEADERS),build/torch-headers)
 
 .PHONY: demo test lint bench format clean abi wheel check-wheel
@@ -33,10 +34,10 @@ abi: $(VENV)/.installed
 	python tests/torch_headers.py $(HEADERS) $(ABI_TORCH)
 	ROBUSTFAST_TORCH_HEADERS=$(HEADERS) python -m pytest -q tests/test_abi.py
 
-# One wheel for every Python from 3.10 and every PyTorch from 2.10 on.
+# A wheel for each of WHEEL_PYTHONS, for every PyTorch from 2.10 on. Each has what building needs, as $(VENV) has it.
 wheel: $(VENV)/.torch
 	rm -rf build/lib* dist
-	python -m pip wheel -q --no-build-isolation --no-deps -w dist .
+	for python in $(WHEEL_PYTHONS); do $$python -m pip wheel -q --no-build-isolation --no-deps -w dist . || exit 1; done
 
 # The tests with the installed wheel, under each release in an environment of its own: gigabytes where those are of CUDA.
 check-wheel: wheel
@@ -65,7 +66,7 @@ $(VENV)/.torch:
 	if $(PYTHON) -c 'import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)' 2>/dev/null; \
 	then $(PYTHON) -m venv --system-site-packages $(VENV); \
 	else $(PYTHON) -m venv $(VENV) && python -m pip install -q '$(TORCH)'; fi
-	python -m pip install -q 'setuptools>=64' wheel ninja
+	python -m pip install -q 'setuptools>=64' wheel 'pybind11>=2.13' ninja
 	touch $@
 
 # --no-build-isolation: the extension is built against the PyTorch that will load it.

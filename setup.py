@@ -14,7 +14,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
 from glob import glob
 from pathlib import Path
@@ -38,8 +37,6 @@ CXX_FLAGS = [
 ]
 NVCC_FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "--threads=2"]
 MINIMUM_TORCH = "0x020a000000000000"  # the stable ABI of 2.10: one binary for that release and all later ones
-# Likewise one binary for Python 3.10 and all later ones; free-threaded Pythons have no such interface.
-STABLE_PYTHON = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
 
 def torch_problem() -> str | None:
@@ -59,6 +56,15 @@ def compiler() -> list[str]:
         return [found for found in ("c++", "g++", "clang++") if shutil.which(found)][:1]
     words = shlex.split(os.environ["CXX"])
     return words[1:] if words and Path(words[0]).name in ("ccache", "sccache") else words
+
+
+def pybind11_problem() -> str | None:
+    """Why robustfast._C cannot be a module of Python, or None."""
+    try:
+        import pybind11  # noqa: F401
+    except ImportError as error:
+        return f"pybind11 was not installed ({error})"
+    return None
 
 
 def compiler_problem() -> str | None:
@@ -120,6 +126,7 @@ def find_toolkit(cuda: str) -> str | None:
 
 
 def extension(with_cuda: bool, arguments: list[str]):
+    import pybind11
     import torch
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
@@ -127,11 +134,10 @@ def extension(with_cuda: bool, arguments: list[str]):
     # Texts are for the host compiler alone: nvcc hands what it is given to a shell once more.
     cxx_flags = [*CXX_FLAGS, *arguments, f'-DRF_TORCH_VERSION="{torch.__version__}"']
     options = {
-        "include_dirs": [str(ROOT / "csrc")],
+        "include_dirs": [str(ROOT / "csrc"), pybind11.get_include()],
         "define_macros": [("TORCH_TARGET_VERSION", MINIMUM_TORCH)],
         "extra_compile_args": {"cxx": cxx_flags, "nvcc": NVCC_FLAGS},
         "extra_link_args": [*arguments, "-s"],
-        "py_limited_api": STABLE_PYTHON,
     }
     if with_cuda:
         architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
@@ -168,7 +174,7 @@ def recording(base: type[build_ext], missing: dict[str, str | None]) -> type[bui
 
 
 def build_options() -> dict:
-    problem = torch_problem() or compiler_problem()
+    problem = torch_problem() or pybind11_problem() or compiler_problem()
     missing = {"cpu": problem, "cuda": problem or cuda_problem()}
     python, torch = platform.python_version(), getattr(sys.modules.get("torch"), "__version__", "none")
     versions = f"Python {python}, setuptools {setuptools.__version__}, PyTorch {torch}, compiler {compiler()}"
@@ -185,7 +191,6 @@ def build_options() -> dict:
     return {
         "ext_modules": [extension(missing["cuda"] is None, arguments)],
         "cmdclass": {"build_ext": recording(BuildExtension, missing)},
-        "options": {"bdist_wheel": {"py_limited_api": "cp310"}} if STABLE_PYTHON else {},
     }
 
 

@@ -78,7 +78,7 @@ def test_what_was_missing_at_build_time(clone, installed, where):
 
 
 def test_extension_that_cannot_be_loaded(clone):
-    (clone / "robustfast/_C.abi3.so").write_text("no library")
+    (clone / "robustfast/_C.so").write_text("no library")
     reason = cpu_backend(clone)
     assert reason.startswith("robustfast._C cannot be loaded (") and reason.endswith(extension.BUILD)
 
@@ -116,6 +116,11 @@ def test_compiler(monkeypatch):
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", "")
     assert "no C++ compiler was found (g++ " in SETUP["compiler_problem"]()
+
+
+def test_missing_pybind11(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pybind11", None)
+    assert SETUP["pybind11_problem"]().startswith("pybind11 was not installed (")
 
 
 def toolkit(folder, version="13.0", compiles=True, headers=True):
