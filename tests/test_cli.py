@@ -125,6 +125,7 @@ def test_demo_and_going_on_with_it(run_dir, monkeypatch):
 
     files.remove_run(Path("demo"))
     monkeypatch.setattr(comparison, "compare", lambda configs, *rest: [loop.resume(folder) for folder in rest[-1]])
+    monkeypatch.setattr(cli, "_demo_page", lambda *arguments: None)
     again = invoke(*arguments)
     assert "2 of 2 runs have finished before; --overwrite trains them anew." in again.output
     assert disk.read_json(run_dir / "demo" / files.RESULTS)["runs"] == content["runs"]

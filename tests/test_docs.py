@@ -19,8 +19,15 @@ def blocks(page):
     return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
 
 
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory, one_thread):
+    folder = tmp_path_factory.mktemp("run")
+    train(preset("digits", epochs=1), folder)
+    return folder
+
+
 @pytest.fixture
-def names(tmp_path, one_thread):
+def names(run_folder):
     """What the pages take for granted: a model in torchvision's manner, one in timm's, data, a run, a process group."""
     timm_model = models.build("small", channels=3, inter_dim=128, num_classes=10, seed=0)
     model = nn.Sequential()
@@ -28,8 +35,6 @@ def names(tmp_path, one_thread):
     model.add_module("fc", timm_model.fc)
     images = torch.randint(256, (64, 3, 8, 8), dtype=torch.uint8)
     labels = torch.arange(64) % 10
-    run_folder = tmp_path / "run"
-    train(preset("digits", epochs=1), run_folder)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield {
         "data_set": list(zip(images, labels, strict=True)), "model": model, "timm_model": timm_model,
