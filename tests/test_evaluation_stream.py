@@ -24,6 +24,7 @@ from robustfast.evaluation.measurements import (
     Spectrum,
 )
 from robustfast.evaluation.stream import PARTS, TABLE, measure
+from robustfast.evaluation.summary import summarise
 
 X, Y = images(20), labels(20)
 EVERYTHING = (
@@ -163,6 +164,15 @@ def test_two_ranks_and_a_killed_pass_give_the_same_bytes(tmp_path):
     assert (tmp_path / "killed" / TABLE).read_bytes() == expected
     assert ranks.wait() == 0, ranks.stderr.read()
     assert (tmp_path / "ranks" / TABLE).read_bytes() == expected
+
+
+def test_a_model_in_training_mode_is_evaluated_and_left_in_it(tmp_path):
+    net = Net().train()
+    columns, about = measure(net, batches(1), EVERYTHING[1:2], tmp_path / "a", batch_size=1)
+    expected, _ = measure(Net().eval(), batches(20), EVERYTHING[1:2], tmp_path / "b")
+    assert net.training and np.array_equal(columns["noise/prediction"], expected["noise/prediction"])
+    with pytest.raises(ValueError, match=r'columns: expected those of Draws\("clean", None\)'):
+        summarise(columns, about)
 
 
 def test_uint8_images_and_ids(tmp_path):

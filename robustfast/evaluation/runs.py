@@ -133,11 +133,6 @@ def evaluate(
     Raises:
         ValueError: the data does not fit the model, or ``out`` holds an evaluation of something else.
     """
-    disk.make_folder(out)
-    if options.overwrite and _rank() == 0:
-        for name in (stream.TABLE, RESULTS):
-            (out / name).unlink(missing_ok=True)
-        shutil.rmtree(out / stream.PARTS, ignore_errors=True)
     source = open_source(subject.source, options.size)
     if subject.image is not None and (source.image, source.classes) != (subject.image, subject.classes):
         raise ValueError(
@@ -149,6 +144,11 @@ def evaluate(
     chosen = suite(
         options.suite, source.image, sigma=subject.sigma, sigmas=subject.sigmas, pixel_std=std, features=features
     )
+    disk.make_folder(out)
+    if options.overwrite and _rank() == 0:
+        for name in (stream.TABLE, RESULTS):
+            (out / name).unlink(missing_ok=True)
+        shutil.rmtree(out / stream.PARTS, ignore_errors=True)
     start = time.perf_counter()
     columns, about = stream.measure(
         subject.model,

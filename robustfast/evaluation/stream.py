@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from robustfast import disk
 from robustfast.evaluation import table
 from robustfast.evaluation.measurements import Batch, Measurement, settings
-from robustfast.evaluation.models import checked_images, checked_labels, logits_of
+from robustfast.evaluation.models import checked_images, checked_labels, evaluating, logits_of
 
 FORMAT = 1
 TABLE = "images.npz"
@@ -128,7 +128,7 @@ def _cat(held: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Ten
 
 def _rows(model, block, fresh, measurements, seed, batch_size, device) -> table.Columns:
     images, labels, ids = (part[fresh].to(device) for part in block)
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(model):
         logits_of(model, images[:1], labels[:1])  # a model that does not fit fails here, before anything costs time
     batch = Batch(images, labels, ids, seed, batch_size)
     columns = {table.ID: ids, "label": labels.int(), "pixels": _hashes(images)}

@@ -25,7 +25,12 @@ def summarise(columns: Columns, about: dict[str, Any], classifier: tuple[Tensor,
     Args:
         columns, about: of :func:`robustfast.evaluation.table.read`.
         classifier: weight (K, D) and bias (K,) of the linear classifier, for the boundaries of classes.
+
+    Raises:
+        ValueError: clean images were not measured, which others are compared with.
     """
+    if "clean/prediction" not in columns:
+        raise ValueError('columns: expected those of Draws("clean", None) among them')
     kinds: dict[str, list[dict[str, Any]]] = {}
     for measurement in about["measurements"]:
         kinds.setdefault(measurement["kind"], []).append(measurement)
