@@ -131,6 +131,14 @@ def test_a_finished_evaluation_is_read_and_another_refused(place):
     assert invoke("evaluate", "normal-1", "--overwrite").exit_code == 0
 
 
+def test_a_run_without_noise_is_evaluated_with_some(place):
+    settings = {"data": "npz:tiny.npz", "epochs": 1, "milestones": (), "sigma": 0.0, "validation": 0.3}
+    train(preset("digits", "normal", **settings, test_sigmas=(0.0, 0.3)), place / "silent")
+    shown = invoke("evaluate", "silent")
+    assert shown.exit_code == 0, (shown.output, shown.exception)
+    assert "gaussian 0.3/prediction" in table.read(place / "silent/evaluation-quick/images.npz")[0]
+
+
 def test_torchrun_ranks_write_the_same_file(place):
     expected = (place / "normal-0/evaluation-quick/images.npz").read_bytes()
     shutil.copytree(place / "normal-0", place / "shared", ignore=shutil.ignore_patterns("evaluation-*"))

@@ -72,9 +72,11 @@ def of_run(run: Path, options: Options) -> Subject:
     """The classifier of a finished run; OSError or ValueError where there is none."""
     classifier = saved.load_classifier(run, pick_device(options.device))
     config = classifier.config
+    sigmas = options.sigmas or config.test_sigmas
+    sigma = config.sigma or next((level for level in sigmas if level), 0.06)  # the suite needs some noise to scale with
     return Subject(
         name=run.name, group=config.method, seed=config.seed, model=classifier,
-        source=options.source or config.data, sigma=config.sigma, sigmas=options.sigmas or config.test_sigmas,
+        source=options.source or config.data, sigma=sigma, sigmas=sigmas,
         pixel_std=tuple(classifier.normalization["pixel_std"]), classes=classifier.classes, image=classifier.image,
     )  # fmt: skip
 
