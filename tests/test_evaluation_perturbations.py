@@ -95,6 +95,14 @@ def test_poisson_is_poisson(rate):
         assert abs(share - expected) < 4 * (expected * (1 - expected) / 90_000) ** 0.5 + 1e-12
 
 
+def test_poisson_by_a_table_is_poisson():
+    x = (images(3, 3, 16) * 255).round() / 255
+    few = perturb(x, "poisson", photons=300)
+    many = torch.cat((x, images(3, 3, 16)))
+    assert len(x.unique()) < 1024 < len(many.unique())
+    assert torch.equal(perturb(many, "poisson", photons=300)[:3], few)
+
+
 def test_blurs_keep_constants_and_the_mean():
     flat = torch.full((2, 3, 9, 7), 0.3)
     for name in ("gaussian-blur", "motion-blur"):

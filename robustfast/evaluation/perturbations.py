@@ -69,13 +69,24 @@ def poisson(images: Tensor, key: Key, *, photons: float) -> Tensor:
     """clip(Poisson(photons * x) / photons, 0, 1): fewer photons, more noise; by inversion, so one word a value."""
     _within("photons", photons, 1, 1e6)
     rate, u = (part.double() for part in (photons * images, key.of("poisson").uniform(images)))
-    low, high = torch.full_like(rate, -1), (rate + 12 * rate.sqrt() + 30).ceil()
-    for _ in range(math.ceil(math.log2(photons + 12 * math.sqrt(photons) + 32))):  # low < the count <= high
-        middle = ((low + high) / 2).floor()
-        enough = torch.special.gammaincc(middle.clamp(min=0) + 1, rate) >= u  # P(count <= middle) at this rate
-        enough &= middle >= 0
+    most = math.ceil(photons + 12 * math.sqrt(photons) + 30)
+    cdf = _poisson_cdf(rate, most)
+    low, high = torch.full_like(rate, -1, dtype=torch.int64), torch.full_like(rate, most, dtype=torch.int64)
+    for _ in range((most + 1).bit_length()):  # low < the count <= high
+        middle = (low + high) >> 1
+        enough = (middle >= 0) & (cdf(middle.clamp(min=0)) >= u)
         low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
-    return (high / photons).clamp(max=1).to(images.dtype)
+    return (high.double() / photons).clamp(max=1).to(images.dtype)
+
+
+def _poisson_cdf(rate: Tensor, most: int) -> Callable[[Tensor], Tensor]:
+    """count -> P(Poisson(rate) <= count), by a table where the rates are few, as those of 8-bit images are."""
+    rates, which = rate.unique(return_inverse=True)
+    if len(rates) > 1024:
+        return lambda count: torch.special.gammaincc(count.double() + 1, rate)
+    counts = torch.arange(1.0, most + 2, dtype=torch.float64, device=rate.device)
+    table = torch.special.gammaincc(counts.expand(len(rates), -1), rates.unsqueeze(1).expand(-1, most + 1))
+    return lambda count: table[which, count]
 
 
 def requantised(images: Tensor, key: Key, *, std: float) -> Tensor:
