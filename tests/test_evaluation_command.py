@@ -232,7 +232,8 @@ def test_page_holds_everything_and_fetches_nothing(place):
     settings = [disk.read_json(place / f"normal-{seed}/evaluation-quick/results.json")["summary"]["settings"][0]
                 for seed in (0, 1)]  # fmt: skip
     assert f"{50 * sum(setting['accuracy'] for setting in settings):.1f}" in quick
-    assert "over seeds" in quick and "2 seeds" in quick
+    assert "<th>over seeds" in quick and "2 seeds" in quick
+    assert "<th>over seeds" not in text and "<b>" not in text, "one seed has no spread, and carries no winner"
 
 
 def test_page_escapes_names(place):

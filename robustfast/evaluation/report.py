@@ -79,7 +79,8 @@ def render(
         models=len(models),
         seeds={group: sum(model.group == group for model in models) for group in groups},
         accuracy=view.accuracy_table(),
-        differences=view.differences(),
+        differences=(differences := view.differences()),
+        seeds_paired=any(row["seeds"] for row in differences),
         sections=[section for section in view.sections(classes) if section["figures"] or section["tables"]],
         worst=view.worst(classes, pictures or {}),
         warnings=[f"{model.name}: {text}" for model in models for text in model.summary.get("warnings", [])],
@@ -119,6 +120,7 @@ class _View:
         best = [
             [
                 len(self.groups) > 1
+                and all(len(self.of(g)) > 1 for g in self.groups)  # one seed has no spread to carry a winner
                 and all(cell[0] - cell[1] > other[i][0] + other[i][1] for g, other in cells.items() if g != group)
                 for i, cell in enumerate(cells[group])
             ]

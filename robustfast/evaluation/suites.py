@@ -36,7 +36,7 @@ def suite(
     Args:
         name: "quick": clean images, Gaussian noise of each of ``sigmas`` in ten draws, the Hessian's spectrum and
             features; "paper": also uniform noise, every perturbation once, the other measures of curvature,
-            certificates of every fifth image and attacks; "full": every perturbation at every severity, certificates of
+            certificates of every tenth image and attacks; "full": every perturbation at every severity, certificates of
             all images from 10,000 draws, and attacks with more steps and restarts.
         image: (C, H, W).
         sigma: of the training noise, by which certificates, attacks and smoothing are scaled.
@@ -73,7 +73,7 @@ def _beyond(
     yield Smoothed("smoothed", sigma)
     if features:
         yield Bounds("bounds", sigma)
-    yield Certificates("certificates", sigma, n=10_000 if full else 1000, every=1 if full else 5)
+    yield Certificates("certificates", sigma, n=10_000 if full else 1000, every=1 if full else 10)
     effort = {"steps": 100, "restarts": 5, "queries": 500} if full else {"steps": 20, "queries": 20}
     for norm, radius in (("linf", sigma / 8), ("linf", sigma / 4), ("linf", sigma / 2), ("l2", length / 4)):
         yield Attack(f"{norm} {radius:.3g}", norm, radius, **effort)
