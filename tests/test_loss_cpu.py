@@ -49,20 +49,27 @@ def margin_bias_gradient(f, target, weight):
 
 
 @pytest.mark.parametrize("dim", [6, 80])
-@pytest.mark.parametrize("kind", ["ternary", "multiples"])
+@pytest.mark.parametrize("kind", ["ternary", "multiples", "no features"])
 def test_lowest_index_wins_ties_with_any_number_of_threads(kind, dim):
-    """Whole numbers, so that equal scores are equal to the bit; `multiples` have them at different logits."""
+    """Whole numbers, so that equal scores are equal to the bit; multiples have them at different logits."""
     generator = torch.Generator().manual_seed(0)
     classes, n = 1000, 60
     weight = torch.randint(-1, 2, (classes, dim), generator=generator).float()
     if kind == "multiples":
         weight = weight[torch.arange(classes) % 40] * 2.0 ** torch.randint(5, (classes, 1), generator=generator)
         weight[::9] = 0
-    target = torch.randperm(classes, generator=generator)[:n] if kind == "ternary" else torch.arange(n) * 9
-    f = torch.randint(-3, 4, (n, dim), generator=generator).float()
+    target = torch.arange(n) * 9 if kind == "multiples" else torch.randperm(classes, generator=generator)[:n]
+    f = torch.randint(-3, 4, (n, dim), generator=generator).float() * (kind != "no features")
     state = torch.zeros(classes, dim), torch.zeros(classes, dtype=torch.bool)
     actual = of_threads((f, None, target, weight, torch.zeros(classes), *state), delta_dist=1000.0)
     torch.testing.assert_close(actual["grad_bias"], margin_bias_gradient(f, target, weight), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.3])
+def test_many_equal_rows_have_no_boundary(value):
+    f, g, target, weight, bias, centroids, seen = random_case(300, 70, 400)
+    actual = of_threads((f, g, target, torch.full_like(weight, value), bias, centroids, seen))
+    assert actual["margin"] == 0 and not actual["grad_weight"].any() and not actual["grad_bias"].any()
 
 
 def test_nan_has_the_same_gradients_with_any_number_of_threads():

@@ -33,6 +33,7 @@ BoundarySums<F> boundary_sums(const T* w_i, const F* w_c, const F* mu, int64_t d
 template <class T, class F>
 Boundary<F> scaled_boundary(const T* w_i, const F* w_c, const F* mu, F bias_difference, int64_t dim) {
   F largest = 0;
+#pragma omp simd reduction(max : largest)
   for (int64_t d = 0; d < dim; ++d) largest = std::max(largest, std::abs(F(to_float(w_i[d])) - w_c[d]));
   if (largest == F(0)) return {F(0), F(0)};
   constexpr int most = std::numeric_limits<F>::max_exponent - 2;  // so that the scale itself is a normal number

@@ -7,6 +7,7 @@
 #include <immintrin.h>
 #endif
 
+#include "cpu/lines.h"
 #include "cpu/noise.h"
 //
 #include "cpu/each_isa.h"
@@ -248,17 +249,6 @@ inline void end_stream() { _mm_sfence(); }  // before another thread hears that 
 inline void stream(const void* from, int64_t bytes, void* to) { memcpy(to, from, bytes); }
 inline void end_stream() {}
 #endif
-
-// Space that begins with a line of the cache: vectors that straddle two cost twice.
-template <class T>
-struct alignas(64) Line {
-  T values[64 / sizeof(T)];
-};
-
-template <class T>
-std::unique_ptr<Line<T>[]> lines(int64_t elements) {
-  return std::make_unique_for_overwrite<Line<T>[]>(elements * sizeof(T) / sizeof(Line<T>));
-}
 
 // Calls body(piece) for all pieces of the batch, in threads.
 template <class Wide, class Body>
