@@ -101,6 +101,24 @@ def test_corruption_errors_are_those_of_the_paper(place):
     assert found["discriminative"][0] == pytest.approx(np.mean(ratios))
 
 
+def test_models_are_grouped_where_their_seed_alone_differs(place):
+    seeds = [runs.read(place / f"{method}-{seed}/evaluation-quick")
+             for method in ("normal", "discriminative") for seed in (0, 1)]  # fmt: skip
+    assert [model.group for model in runs.grouped(seeds)] == ["normal", "normal", "discriminative", "discriminative"]
+    other = seeds[1]._replace(about={**seeds[1].about, "training": {**seeds[1].about["training"], "lr": 9}})
+    assert [model.group for model in runs.grouped([seeds[0], other])] == ["normal-0", "normal-1"]
+    again = runs.grouped([seeds[0], seeds[0]._replace(name="copy"), seeds[2]])
+    assert [model.group for model in again] == ["normal-0", "copy", "discriminative"]
+
+
+def test_a_page_of_models_with_different_measurements(place):
+    models = [runs.read(place / name) for name in ("normal-0/evaluation-paper", "discriminative-0/evaluation-quick")]
+    settings = [s for s in models[1].summary["settings"] if s["name"] != "gaussian 0.4"]
+    models[1] = models[1]._replace(summary={**models[1].summary, "settings": settings})
+    text = render(models, title="mixed", classes=["a", "b", "c"], provenance={}, sigma=0.2)
+    assert "nan" not in text and "<td>\u2013</td>" in text and "mCE" in text
+
+
 def test_compare_is_paired(place):
     shown = invoke("compare", "discriminative-0", "normal-0")
     assert shown.exit_code == 0, (shown.output, shown.exception)

@@ -178,29 +178,28 @@ class _View:
             self.class_section(classes),
         ]
 
+    def curve(self, group: str, key: str, settings: Sequence[tuple[float, str]]) -> Series:
+        """A number of each of these settings against the noise: mean and deviation over the seeds that have it."""
+        found = [(level, values) for level, name in settings if (values := self.values(group, name, key))]
+        cells = [_mean_std(values) for _, values in found]
+        return Series(
+            group, self.color(group), [level for level, _ in found], [mean for mean, _ in cells],
+            [mean - std for mean, std in cells], [mean + std for mean, std in cells],
+        )  # fmt: skip
+
     def accuracy_section(self) -> dict[str, Any]:
         points = self.curve_settings()
-        series = []
-        for group in self.groups:
-            cells = [_mean_std(self.values(group, name)) for _, name in points]
-            series.append(Series(
-                group, self.color(group), [level for level, _ in points], [mean for mean, _ in cells],
-                [mean - std for mean, std in cells], [mean + std for mean, std in cells],
-            ))  # fmt: skip
-        marks = [(self.sigma, "in training")] if any(abs(level - self.sigma) < 1e-9 for level, _ in points) else []
-        chart = figures.lines(series, "σ of the noise", "accuracy, %", title="Accuracy against noise", percent=True,
-                              x_marks=marks)  # fmt: skip
-        flips = []
-        for group in self.groups:
-            cells = [_mean_std(self.values(group, name, "flips")) for _, name in points[1:]]
-            flips.append(Series(group, self.color(group), [level for level, _ in points[1:]], [m for m, _ in cells]))
-        return _section(
-            "accuracy",
-            [
-                chart,
-                figures.lines(flips, "σ of the noise", "flipped, %", title="Flip rate against noise", percent=True),
-            ],
+        accuracy, flips = (
+            [self.curve(group, key, part) for group in self.groups]
+            for key, part in (("accuracy", points), ("flips", points[1:]))
         )
+        marks = [(self.sigma, "in training")] if any(abs(level - self.sigma) < 1e-9 for level, _ in points) else []
+        label = "σ of the noise"
+        charts = [
+            figures.lines(accuracy, label, "accuracy, %", title="Accuracy against noise", percent=True, x_marks=marks),
+            figures.lines(flips, label, "flipped, %", title="Flip rate against noise", percent=True),
+        ]
+        return _section("accuracy", charts)
 
     def survival_section(self) -> dict[str, Any]:
         charts = []
@@ -446,26 +445,35 @@ class _View:
 def corruption_errors(groups: Mapping[str, Sequence[Evaluated]], baseline: str) -> dict[str, tuple[float, float]]:
     """(mCE, relative mCE) of each group against the baseline: Hendrycks and Dietterich 2019, equations 1 and 2.
 
-    Of each perturbation the errors are summed over severities, then divided by those of the baseline (relative: both
-    less the clean error), then averaged over the perturbations. nan where the baseline makes no error.
+    Of each perturbation the errors are summed over the severities that all models have, then divided by those of the
+    baseline (relative: both less the clean error), then averaged over the perturbations. nan where the baseline makes
+    no error. Models without perturbations count nowhere.
     """
-    errors: dict[str, dict[str, list[float]]] = {}
-    clean: dict[str, float] = {}
-    for group, models in groups.items():
-        table: dict[str, list[float]] = {}
-        for model in models:
-            for setting in model.summary["settings"]:
-                if isinstance(setting["severity"], int):
-                    table.setdefault(setting["perturbation"], []).append(1 - setting["accuracy"])
-        errors[group] = table
-        clean[group] = fmean(1 - s["accuracy"] for m in models for s in m.summary["settings"] if s["name"] == "clean")
+
+    def errors(model: Evaluated) -> dict[tuple[str, int], float]:
+        return {
+            (setting["perturbation"], setting["severity"]): 1 - setting["accuracy"]
+            for setting in model.summary["settings"]
+            if isinstance(setting["severity"], int)
+        }
+
+    found = {group: [m for m in models if errors(m)] for group, models in groups.items()}
+    shared = set.intersection(*(set(errors(m)) for models in found.values() for m in models))
+    kinds = sorted({kind for kind, _ in shared})
+
+    def of(group: str, kind: str | None) -> float:
+        if kind is None:
+            return fmean(1 - s["accuracy"] for m in found[group] for s in m.summary["settings"] if s["name"] == "clean")
+        return fmean(
+            error for m in found[group] for key, error in errors(m).items() if key in shared and key[0] == kind
+        )
 
     def ratio(group: str, kind: str, less: bool) -> float:
-        mine, base = (fmean(errors[g][kind]) - (clean[g] if less else 0.0) for g in (group, baseline))
+        mine, base = (of(g, kind) - (of(g, None) if less else 0.0) for g in (group, baseline))
         return mine / base if base else float("nan")
 
     return {
-        group: tuple(fmean(ratio(group, kind, less) for kind in errors[group]) for less in (False, True))  # type: ignore[misc]
+        group: (fmean(ratio(group, kind, False) for kind in kinds), fmean(ratio(group, kind, True) for kind in kinds))
         for group in groups
     }
 

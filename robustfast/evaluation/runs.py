@@ -36,6 +36,7 @@ from robustfast.training.loop import pick_device
 
 RESULTS = "results.json"
 BATCH = 256  # images read at a time
+NOT_OF_THE_METHOD = ("seed", "device", "backend", "threads")
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Subject:
     pixel_std: tuple[float, ...]
     classes: tuple[str, ...] | None  # None: whatever the data has
     image: tuple[int, ...] | None
+    training: dict[str, Any] | None = None  # the run's settings but for its seed and what it ran on
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ def of_run(run: Path, options: Options) -> Subject:
         name=run.name, group=config.method, seed=config.seed, model=classifier,
         source=options.source or config.data, sigma=sigma, sigmas=sigmas,
         pixel_std=tuple(classifier.normalization["pixel_std"]), classes=classifier.classes, image=classifier.image,
+        training={name: value for name, value in config.as_json().items() if name not in NOT_OF_THE_METHOD},
     )  # fmt: skip
 
 
@@ -160,7 +163,13 @@ def evaluate(
         seed=options.seed,
         batch_size=options.batch_size,
         device=pick_device(options.device),
-        about={"suite": options.suite, "data": subject.source, "image": source.image, "sigma": subject.sigma},
+        about={
+            "suite": options.suite,
+            "data": subject.source,
+            "image": source.image,
+            "sigma": subject.sigma,
+            "training": subject.training,
+        },
         on_images=None if on_images is None else lambda count: on_images(count, source.total),
     )
     fc: Any = subject.model.fc if features else None
@@ -203,9 +212,22 @@ def find(place: Path) -> Path:
     raise ValueError(f"{place}: no finished evaluation; make one with: robustfast evaluate {place}")
 
 
+def grouped(models: Sequence[report.Evaluated]) -> list[report.Evaluated]:
+    """The models with groups in which they differ by their seed alone: others stand by their own name."""
+    own = {}
+    for group in {model.group for model in models}:
+        of_group = [model for model in models if model.group == group]
+        seeds = {model.seed for model in of_group}
+        own[group] = len(seeds) < len(of_group) or any(
+            model.about["training"] != of_group[0].about["training"] for model in of_group
+        )
+    return [model._replace(group=model.name) if own[model.group] else model for model in models]
+
+
 def write_page(path: Path, models: Sequence[report.Evaluated], source: str, title: str) -> None:
     """The page about evaluated models, with their worst images."""
     opened = open_source(source, models[0].about["image"][-1])
+    models = grouped(models)
     sigma = models[0].about["sigma"]
     ids = {
         int(model.columns[table.ID][row])
