@@ -28,10 +28,14 @@ NO_SCORE = tl.constexpr(float("-inf"))
 UNSURE = tl.constexpr(float("inf"))
 LOWEST = tl.constexpr(-1e30)  # in place of a bias of -inf, so that the pair has a score
 NOBODY = tl.constexpr(2**31 - 1)
-# Of ||W_i||^2 + ||W_c||^2: nearer rows leave a distance of which rounding takes too much.
-CANCELLED = tl.constexpr(2.0**-5)
-# Squares below lose digits or all of their value.
+# Of ||W_c||^2: nearer rows leave a distance of which rounding takes too much. Of ||W_i||^2 + ||W_c||^2, all others are
+# at least 1/34 away: with less, the lengths would differ by a factor of 1.3 at most.
+CLOSE = tl.constexpr(1 / 12)
+# Squares below lose digits or all of their value; squares above may leave the range.
 SMALLEST = tl.constexpr(2.0**-90)
+LARGEST = tl.constexpr(2.0**120)
+PADDING = tl.constexpr(2.0**100)
+SQRT2 = tl.constexpr(2.0**0.5)
 # Added up in a tile of at most 128 pairs a class: for each that may be the best, with its place in the tile, and for
 # each without a score.
 ONE_PAIR = tl.constexpr(2**13)
@@ -50,11 +54,13 @@ class SearchTiles(NamedTuple):
 
 
 # The largest tiles whose two accumulators fit in registers, by what is multiplied and how. Half types need rows that
-# asynchronous copies can take in whole; other rows pass through registers, which leaves less room.
+# asynchronous copies can take in whole; other rows pass through registers, which leaves less room. Short rows are done
+# before the scores are, so that two programs are to share a multiprocessor, one with its products, one with its scores.
 TILES = {
     ("hopper", "half"): SearchTiles(128, 128, 64, 8, 3),
+    ("hopper", "short half"): SearchTiles(64, 128, 64, 4, 3),
     ("hopper", "tf32"): SearchTiles(128, 128, 32, 8, 3),
-    ("hopper", "tf32x3"): SearchTiles(128, 64, 16, 8, 2),
+    ("hopper", "tf32x3"): SearchTiles(128, 64, 32, 8, 2),
     ("blackwell", "half"): SearchTiles(128, 64, 64, 8, 3),
     ("blackwell", "tf32"): SearchTiles(128, 128, 32, 8, 3),
     ("blackwell", "tf32x3"): SearchTiles(128, 64, 16, 8, 2),
@@ -90,23 +96,28 @@ def margin_search(
     precision = matmul_precision(family, low_dtype)
     tiles = search_tiles(family, low_dtype, precision, dim)
     items = search_items(tiles, rows, num_classes, processors)
+    columns = cdiv(num_classes, tiles.block_k) * tiles.block_k
     operands = Operands(
-        mu.new_empty((rows, dim), dtype=low_dtype), mu.new_empty(rows), mu.new_empty(rows), mu.new_empty(num_classes)
+        low=mu.new_empty((rows, dim), dtype=low_dtype),
+        own_logit=mu.new_empty(rows),
+        slack=mu.new_empty(rows),
+        half_square=mu.new_empty(columns),
+        offset=mu.new_empty(columns),
     )
     candidates = Candidates(mu.new_empty((items, 2, tiles.block_c)), classes.new_empty((items, tiles.block_c)))
     score, winner = mu.new_empty(rows), classes.new_empty(rows)
     w, kind = matrix(weight), kind_of(mu, weight, bias, classes, present)
     row = row_tile(dim, wide.itemsize, family, 16)
-    weight_programs = cdiv(num_classes, row.block_n)
+    weight_programs = cdiv(columns, row.block_n)
     launch(
         prepare_kernel, (weight_programs + rows,), kind,
-        mu, w, bias, classes, present, operands, num_classes, dim, rows, weight_programs,
+        mu, w, bias, classes, present, operands, num_classes, columns, dim, rows, weight_programs,
         BLOCK_N=row.block_n, BLOCK_D=row.block_d, **row.options,
     )  # fmt: skip
     launch(
         search_kernel, (items,), kind,
         w, bias, classes, present, operands, candidates, num_classes, dim, rows, items,
-        PRECISION=precision, EVEN_D=dim % tiles.block_d == 0, FLATTEN=flattened(tiles, dim),
+        PRECISION=precision, EVEN_D=dim % tiles.block_d == 0, FLATTEN=flattened(tiles, family, dim),
         BLOCK_C=tiles.block_c, BLOCK_K=tiles.block_k, BLOCK_D=tiles.block_d,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages, **FUSED,
     )  # fmt: skip
@@ -123,7 +134,8 @@ class Operands(NamedTuple):
     low: Tensor  # (R, D): mu in the matrix units' dtype
     own_logit: Tensor  # (R,): low . W_c + b_c
     slack: Tensor  # (R,): how far two scores of the class may be from where they stand
-    square: Tensor  # (K,): ||W_i||^2
+    half_square: Tensor  # (K,), in whole tiles: ||W_i||^2 / 2, nan where every pair of i has to be settled
+    offset: Tensor  # (K,), in whole tiles: b_i
 
 
 class Candidates(NamedTuple):
@@ -141,15 +153,17 @@ def search_tiles(family: str, dtype: torch.dtype, precision: str, dim: int) -> S
         return DOUBLE
     kind = "half" if dtype.itemsize == 2 else precision
     tiles = TILES[family, kind]
+    if dim < 4 * tiles.block_d:
+        tiles = TILES.get((family, f"short {kind}"), tiles)
     return tiles if dim % tiles.block_d == 0 else TILES.get(("unaligned", kind), UNALIGNED)
 
 
-def flattened(tiles: SearchTiles, dim: int) -> bool:
+def flattened(tiles: SearchTiles, family: str, dim: int) -> bool:
     """Whether tiles and features make one loop, which has a tile's first operands on their way before the last ends.
 
-    Hopper's matrix instructions then wait for one another, which costs more once a tile has enough work of its own.
+    Hopper's matrix instructions would then wait for one another.
     """
-    return dim < 4 * tiles.block_d
+    return family != "hopper" and dim < 4 * tiles.block_d
 
 
 def search_items(tiles: SearchTiles, rows: int, num_classes: int, processors: int) -> int:
@@ -183,6 +197,12 @@ def relative_error(WIDE: tl.constexpr):
 
 
 @triton.jit
+def distance_error(WIDE: tl.constexpr):
+    """Of two scores, from that of the distances of rows that are not close."""
+    return 36 * relative_error(WIDE)
+
+
+@triton.jit
 def round_to(x, dtype: tl.constexpr):
     """x in the matrix units' dtype, kept finite."""
     if dtype == tl.float16:
@@ -195,19 +215,27 @@ def rows_used(present, rows):
     return rows if present is None else tl.load(present)
 
 
-@triton.jit(do_not_specialize=["num_classes", "rows", "weight_programs"])
+@triton.jit(do_not_specialize=["num_classes", "columns", "rows", "weight_programs"])
 def prepare_kernel(
-    mu, weight, bias, classes, present, operands, num_classes, dim, rows, weight_programs,
+    mu, weight, bias, classes, present, operands, num_classes, columns, dim, rows, weight_programs,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Squares of BLOCK_N rows of W by the first programs; mu, own_logit and slack of one row by each of the others."""
+    """What belongs to BLOCK_N rows of W by the first programs, to one row of mu by each of the others."""
     WIDE: tl.constexpr = mu.dtype.element_ty
     pid = tl.program_id(0)
     d = tl.arange(0, BLOCK_D)
     if pid < weight_programs:
         k = pid * BLOCK_N + tl.arange(0, BLOCK_N)
         w = load_rows(weight, k, k < num_classes, d, dim, WIDE)
-        tl.store(operands.square + k, tl.sum(w * w, axis=1), mask=k < num_classes)
+        half_square = tl.sum(w * w, axis=1) / 2
+        offset = tl.zeros_like(half_square)
+        if bias is not None:
+            offset += tl.load(bias + k, mask=k < num_classes, other=0).to(WIDE)
+        known = (half_square < LARGEST) & (offset < UNSURE)  # not so with nan
+        offset = tl.where((k < num_classes) & ((offset < LOWEST) == 0), offset, LOWEST)
+        half_square = tl.where(k < num_classes, tl.where(known, half_square, float("nan")), PADDING)
+        tl.store(operands.half_square + k, half_square, mask=k < columns)
+        tl.store(operands.offset + k, offset, mask=k < columns)
     else:
         row = pid - weight_programs
         label = tl.load(classes + row)
@@ -221,10 +249,11 @@ def prepare_kernel(
             if bias is not None:
                 own_logit += tl.load(bias + label).to(WIDE)
             tl.store(operands.own_logit + row, own_logit)
-            # A score changes by ||mu - low|| at most. Products are wrong by some part of the lengths, whose quotient
-            # (||W_i|| + ||W_c||) / ||W_i - W_c|| is less than 8 where rows are not close.
+            # A score changes by ||mu - low|| at most. Products are wrong by some part of the lengths; between rows that
+            # are not close, ||W_i|| + ||W_c|| is less than 9 times the distance and ||W_c|| alone less than 4 times.
             rounded = mu_c - low.to(WIDE)
-            part = 8 * exact_sqrt(tl.sum(mu_c * mu_c)) + quotient_or_zero(tl.abs(own_logit), exact_sqrt(tl.sum(w * w)))
+            logit_part = quotient_or_zero(tl.abs(own_logit), exact_sqrt(tl.sum(w * w)))
+            part = 9 * exact_sqrt(tl.sum(mu_c * mu_c)) + 4 * logit_part
             error = exact_sqrt(tl.sum(rounded * rounded)) + part * relative_error(WIDE)
             tl.store(operands.slack + row, 2 * error)
 
@@ -261,11 +290,12 @@ def search_kernel(
     WIDE: tl.constexpr = operands.own_logit.dtype.element_ty
     # The interpreter cannot multiply bfloat16.
     LOW: tl.constexpr = WIDE if INTERPRETED else operands.low.dtype.element_ty
-    # Rows and columns past the end repeat the last one: a tile whose best that is has to be settled.
+    # Rows past the end repeat the last one, and so do columns, which have the lowest of scores.
     row = tl.minimum(item % blocks * BLOCK_C + tl.arange(0, BLOCK_C), used - 1)
     label = tl.maximum(tl.load(classes + row), 0)
-    own_logit, own_square = tl.load(operands.own_logit + row), tl.load(operands.square + label)
-    slack = tl.load(operands.slack + row)
+    own_logit, own_half_square = tl.load(operands.own_logit + row), tl.load(operands.half_square + label)
+    close = own_half_square * CLOSE + SMALLEST
+    slack = tl.load(operands.slack + row) * SQRT2
     mu_rows = operands.low + row.to(tl.int64)[:, None] * dim
     own_rows = weight.data + label.to(tl.int64)[:, None] * weight.row
     best = tl.full((BLOCK_C,), NO_SCORE, WIDE)
@@ -275,8 +305,10 @@ def search_kernel(
     for tile in tl.range(first_tile, last_tile, flatten=FLATTEN):
         k = tl.minimum(tile * BLOCK_K + place, num_classes - 1)
         rows_k = weight.data + k.to(tl.int64)[None, :] * weight.row
-        logit = tl.zeros((BLOCK_C, BLOCK_K), WIDE)
-        gram = tl.zeros((BLOCK_C, BLOCK_K), WIDE)
+        # Each pair's logit difference, and -||W_i - W_c||^2 / 2: what the products are added to.
+        at = tile * BLOCK_K + place
+        logit = tl.load(operands.offset + at)[None, :] - own_logit[:, None]
+        closeness = -tl.load(operands.half_square + at)[None, :] - own_half_square[:, None]
         for d0 in range(0, dim, BLOCK_D):
             d = d0 + tl.arange(0, BLOCK_D)
             if EVEN_D:
@@ -288,30 +320,22 @@ def search_kernel(
                 w_c = tl.load(own_rows + d[None, :], mask=(d < dim)[None, :], other=0).to(LOW)
                 w = tl.load(rows_k + d[:, None], mask=(d < dim)[:, None], other=0).to(LOW)
             logit = tl.dot(mu, w, logit, input_precision=PRECISION, out_dtype=WIDE)
-            gram = tl.dot(w_c, w, gram, input_precision=PRECISION, out_dtype=WIDE)
-        if bias is not None:
-            b = tl.load(bias + k).to(WIDE)
-            logit += tl.where(b < LOWEST, LOWEST, b)[None, :]
-        squares = tl.load(operands.square + k)
-        distance2 = squares[None, :] + own_square[:, None] - 2 * gram
-        floor = (squares * CANCELLED)[None, :] + (own_square * CANCELLED + SMALLEST)[:, None]
-        scores = (logit - own_logit[:, None]) * tl.rsqrt(distance2)
-        # Not a score yet where the distance is not known, or is that of a row from itself; nan compares as false.
-        scores = tl.where((distance2 > floor) & (scores < UNSURE), scores, NO_SCORE)
-
+            closeness = tl.dot(w_c, w, closeness, input_precision=PRECISION, out_dtype=WIDE)
+        # No score yet where the distance is not known, or is that of a row from itself; nan compares as false.
+        scores = tl.where(-closeness > close[:, None], logit * tl.rsqrt(-closeness), NO_SCORE)  # sqrt(2) of them
         top = tl.max(scores, axis=1)
-        least = top - slack - tl.where(top > NO_SCORE, 32 * relative_error(WIDE) * tl.abs(top), 0.0)
+        least = top - slack - tl.where(tl.abs(top) < UNSURE, distance_error(WIDE) * tl.abs(top), 0.0)
         code = tl.where(scores > NO_SCORE, tl.where(scores >= least[:, None], (place + ONE_PAIR)[None, :], 0), NO_PAIR)
         code = tl.sum(code, axis=1) - tl.where(label // BLOCK_K == tile, NO_PAIR, 0)
-        one = (code >= ONE_PAIR) & (code < 2 * ONE_PAIR)
-        top = tl.where(code >= NO_PAIR, UNSURE, top)
+        one = (code >= ONE_PAIR) & (code < 2 * ONE_PAIR) & (top < UNSURE)
+        top = tl.where(code < NO_PAIR, top, UNSURE)
         code = tl.where(one, tile * BLOCK_K + (code - ONE_PAIR), -1 - tile)
         others = tl.maximum(others, tl.minimum(best, top))
         best_code = tl.where(top > best, code, best_code)
         best = tl.maximum(best, top)
     at = tl.arange(0, BLOCK_C)
-    tl.store(candidates.scores + item * 2 * BLOCK_C + at, best)
-    tl.store(candidates.scores + (item * 2 + 1) * BLOCK_C + at, others)
+    tl.store(candidates.scores + item * 2 * BLOCK_C + at, best / SQRT2)
+    tl.store(candidates.scores + (item * 2 + 1) * BLOCK_C + at, others / SQRT2)
     tl.store(candidates.codes + item * BLOCK_C + at, best_code)
 
 
@@ -339,7 +363,7 @@ def settle_kernel(
             top = tl.maximum(top, tl.max(tl.where(known < UNSURE, known, NO_SCORE)))
         least = top - tl.load(operands.slack + row)
         if top > NO_SCORE:
-            least -= 32 * relative_error(WIDE) * tl.abs(top)
+            least -= distance_error(WIDE) * tl.abs(top)
         for s0 in range(0, splits, BLOCK):
             s, first, others = load_scores(candidates, at, s0, splits, blocks, BLOCK_C, BLOCK)
             # Not ``first >= least``: least is nan where mu is, and then all have to be settled.
