@@ -26,7 +26,7 @@ from pathlib import Path
 
 from benchmarks.gpu_check.machine import ROOT, versions
 from benchmarks.gpu_check.parts import WARM_PROCESSES, write
-from benchmarks.gpu_check.table import failures, table
+from benchmarks.gpu_check.table import COMPILE_AHEAD, failures, table
 
 SECONDS_OF_A_STAGE = 540
 # Tests that run on a GPU where there is one. The property test goes over all backends without naming any.
@@ -65,7 +65,7 @@ class Stages:
     def triton(self) -> Iterator[Step]:
         names = ("triton.timings", "triton.checks", "baselines.timings")
         warm = [self.part(name, "--warm", str(i)) for name in names for i in range(WARM_PROCESSES)]
-        yield Step("compile ahead", 150, warm)
+        yield Step(COMPILE_AHEAD, 150, warm)
         yield Step("triton.checks", 120, [self.part("triton.checks")])
         yield Step("triton.timings", 130, [self.part("triton.timings")])
         yield Step("baselines.timings", 130, [self.part("baselines.timings")])
@@ -76,16 +76,9 @@ class Stages:
         files = [f"tests/{name}" for name in TESTS]
         yield Step("pytest", 240, [[*pytest, *(("-n", "8") if has_xdist else ()), *files, "-k", ON_A_GPU]])
         if shutil.which("compute-sanitizer"):
-            for tool in ("memcheck", "racecheck"):  # of our kernels: the names hold the namespace
-                watch = [
-                    "compute-sanitizer",
-                    "--tool",
-                    tool,
-                    "--kernel-name",
-                    "kns=robustfast",
-                    "--error-exitcode",
-                    "9",
-                ]
+            ours = ("--kernel-name", "kns=robustfast", "--error-exitcode", "9")  # their names hold the namespace
+            for tool in ("memcheck", "racecheck"):
+                watch = ["compute-sanitizer", "--tool", tool, *ours]
                 yield Step(tool, 150, [[*watch, *self.part("cuda.checks", "--watched")]])
 
     def cpu(self) -> Iterator[Step]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def main() -> None:
     sizes = WATCHED if options.watched else Sizes() if options.device == "cuda" else TINY
     report: dict = {"machine": versions(options.device), "results": []}
     if options.warm is not None:
-        machine = Machine(options.device, rounds=1)
+        machine, sizes = Machine(options.device, rounds=1), replace(sizes, graph=(), stream=(), beyond_32_bits=())
         for what, measure in islice(rows_of(options.part, machine, sizes), options.warm, None, WARM_PROCESSES):
             measured(what, measure)
         return

@@ -122,6 +122,11 @@ cudaError_t discriminative_loss(const LossParams& p, void* scratch, cudaStream_t
     const cudaError_t error = cudaMemsetAsync(p.loss, 0, wide_size(p.input.dtype), stream);
     return error == cudaSuccess ? cudaMemsetAsync(p.terms, 0, 5 * wide_size(p.input.dtype), stream) : error;
   }
+  if (!p.has_noise) {  // the noisy view's pulls: nobody reads them, but results are to be the same in every run
+    const size_t bytes = size_t(p.n) * wide_size(p.input.dtype);
+    const cudaError_t error = cudaMemsetAsync(static_cast<unsigned char*>(p.pull) + bytes, 0, bytes, stream);
+    if (error != cudaSuccess) return error;
+  }
   if (small_fits(p.n, p.dim, p.num_classes, wide_size(p.input.dtype))) return small_loss(p, stream);
   return for_wide(p.input.dtype, [&]<class Wide>(Wide) { return large_loss<Wide>(p, scratch, stream); });
 }
