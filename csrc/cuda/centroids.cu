@@ -73,7 +73,8 @@ RF_DEVICE void finish_centroid(const Loss<Wide>& a, const Workspace<Wide>& w, co
 }
 
 template <class T, int norm, int count, class Wide>
-__global__ void __launch_bounds__(centroids_threads, 3) centroids_kernel(const Loss<Wide> a, const Workspace<Wide> w) {
+__global__ void __launch_bounds__(centroids_threads, sizeof(Wide) == 4 ? 3 : 2)
+    centroids_kernel(const Loss<Wide> a, const Workspace<Wide> w) {
   if (int64_t(blockIdx.x) >= w.groups.totals->chunks) return;
   const Chunk chunk(w.groups, blockIdx.x);
   Wide* mu = a.boundary_grad + chunk.row * a.dim;
