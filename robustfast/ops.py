@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from robustfast.checks import wide_dtype
+from robustfast.reference import Terms
 
 
 class Op(NamedTuple):
@@ -26,7 +27,7 @@ def discriminative_loss(input: Tensor, input_noise, target, weight: Tensor, *res
     wide = wide_dtype(input)
     return (
         input.new_empty((), dtype=wide),  # loss
-        input.new_empty(5, dtype=wide),  # terms
+        input.new_empty(len(Terms._fields) - 1, dtype=wide),  # terms
         input.new_empty(n, dtype=torch.int32),  # slot
         input.new_empty((2, n), dtype=wide),  # pull
         input.new_empty((3, rows, dim), dtype=wide),  # tables

@@ -8,9 +8,36 @@
 
 namespace robustfast {
 
-struct Settings {
-  double delta_var, delta_dist, alpha, beta, gamma, momentum;
+// In the order of robustfast.reference.Settings.
+template <class F>
+struct SettingsOf {
+  F delta_var, delta_dist, alpha, beta, gamma, momentum;
+
+  template <class To>
+  RF_INLINE SettingsOf<To> as() const {
+    return {To(delta_var), To(delta_dist), To(alpha), To(beta), To(gamma), To(momentum)};
+  }
 };
+using Settings = SettingsOf<double>;
+constexpr int num_settings = sizeof(Settings) / sizeof(double);
+
+// What a class gives to the terms, in the order of all tables and sums of it.
+namespace class_term {
+enum { compactness, alignment, margin, regularization, count };
+}
+
+// The terms and the loss from the means over the classes of the batch; `terms` in the order of the op's result.
+constexpr int num_terms = 5;
+template <class F>
+RF_INLINE void write_terms(const SettingsOf<F>& s, bool has_noise, const F (&mean)[class_term::count], F* loss,
+                           F* terms) {
+  const F compactness = mean[class_term::compactness], alignment = mean[class_term::alignment];
+  const F variance = has_noise ? (compactness + alignment) / 2 : compactness;
+  const F margin = mean[class_term::margin], regularization = mean[class_term::regularization];
+  *loss = s.alpha * variance + s.beta * margin + s.gamma * regularization;
+  terms[0] = variance, terms[1] = margin, terms[2] = regularization;
+  terms[3] = compactness, terms[4] = alignment;
+}
 
 template <class F>
 RF_INLINE F hinge(F x) {

@@ -45,7 +45,7 @@ struct Loss {
 };
 
 // variance: mu_c, m_c, state, pull, and in mu_grad what variance and regularization add to d loss / d mu_c.
-// Gives (compactness, alignment, regularization).
+// Adds its parts to the terms of all classes, class_term::count of them.
 template <class Wide>
 void variance(const Loss<Wide>& loss, Wide* terms);
 

@@ -67,7 +67,7 @@ void add_direction(const T* x, const Wide* centroid, int64_t dim, Wide pull, Wid
   for (int64_t d = 0; d < dim; ++d) pull_sum[d] += pull * direction<norm>(Wide(to_float(x[d])) - centroid[d]);
 }
 
-// One class after the other; `terms` of a chunk are its parts of (compactness, alignment, regularization).
+// One class after the other; `terms` of a chunk are its parts of the terms.
 template <class T, int norm, class Wide>
 struct ClassPass {
   const Loss<Wide>& loss;
@@ -120,7 +120,7 @@ struct ClassPass {
         loss.pull[view * loss.n + i] = mine;
         if (mine != 0) add_direction<norm>(x, centroid, loss.dim, mine, pull_sum);
       }
-      terms[view] = squares * sample_share;
+      terms[view == 0 ? class_term::compactness : class_term::alignment] = squares * sample_share;
     }
   }
 
@@ -134,7 +134,7 @@ struct ClassPass {
     const Wide to_zero = Wide(loss.settings.gamma) / present * inverse_length<norm>(of_centroid);
     Wide* mu_grad = at(loss.mu_grad, row);
     for (int64_t d = 0; d < dim; ++d) mu_grad[d] = tau * (to_zero * direction<norm>(centroid[d]) - mu_grad[d]);
-    terms[2] = of_centroid / present;
+    terms[class_term::regularization] = of_centroid / present;
 
     if (!loss.update_state) return;
     Wide poison = 0;  // becomes nan where a value is not finite
@@ -157,7 +157,7 @@ inline std::vector<Chunk> split(const Groups& groups) {
   return chunks;
 }
 
-// Adds up `partial` (dim and then 3 terms a chunk) over the chunks of each split class into its row of `table`.
+// Adds up `partial` (dim a chunk) over the chunks of each split class into its row of `table`.
 template <class Wide, class Finish>
 void combine(const std::vector<Chunk>& chunks, const std::vector<Wide>& partial, int64_t dim, Wide* table,
              Finish finish) {
@@ -177,7 +177,8 @@ void variance_of(const Loss<Wide>& loss, Wide* terms) {
   const std::vector<Chunk> chunks = split(*loss.groups);
   const int64_t count = chunks.size(), dim = loss.dim;
   const bool any_split = count > loss.present();
-  std::vector<Wide> partial(any_split ? count * dim : 0), chunk_terms(3 * count, Wide(0));
+  std::vector<Wide> partial(any_split ? count * dim : 0), chunk_terms(class_term::count * count, Wide(0));
+  const auto terms_of = [&](int64_t chunk) { return &chunk_terms[class_term::count * chunk]; };
   const int64_t grain =
       std::max<int64_t>(1, parallel_elements / std::max<int64_t>(1, loss.n * dim / std::max<int64_t>(1, count)));
 
@@ -188,23 +189,22 @@ void variance_of(const Loss<Wide>& loss, Wide* terms) {
       pass.add_features(chunk, chunk.whole ? pass.at(loss.boundary_grad, row) : &partial[s * dim]);
       if (!chunk.whole) continue;
       pass.finish_centroid(row);
-      pass.pull_features(chunk, pass.at(loss.mu_grad, row), &chunk_terms[3 * s]);
-      pass.finish_gradient(row, &chunk_terms[3 * s]);
+      pass.pull_features(chunk, pass.at(loss.mu_grad, row), terms_of(s));
+      pass.finish_gradient(row, terms_of(s));
     }
   });
   if (any_split) {
     combine(chunks, partial, dim, loss.boundary_grad, [&](int64_t row, int64_t) { pass.finish_centroid(row); });
     parallel_for(0, count, 1, [&](int64_t from, int64_t to) {
       for (int64_t s = from; s < to; ++s) {
-        if (!chunks[s].whole) pass.pull_features(chunks[s], &partial[s * dim], &chunk_terms[3 * s]);
+        if (!chunks[s].whole) pass.pull_features(chunks[s], &partial[s * dim], terms_of(s));
       }
     });
     combine(chunks, partial, dim, loss.mu_grad,
-            [&](int64_t row, int64_t s) { pass.finish_gradient(row, &chunk_terms[3 * s]); });
+            [&](int64_t row, int64_t s) { pass.finish_gradient(row, terms_of(s)); });
   }
-  std::fill(terms, terms + 3, Wide(0));
   for (int64_t s = 0; s < count; ++s) {
-    for (int k = 0; k < 3; ++k) terms[k] += chunk_terms[3 * s + k];
+    for (int term = 0; term < class_term::count; ++term) terms[term] += terms_of(s)[term];
   }
 }
 

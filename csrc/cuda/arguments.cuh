@@ -8,13 +8,12 @@
 namespace robustfast::cuda {
 
 template <class Wide>
-struct Loss {
+struct Loss : SettingsOf<Wide> {
   Matrix input, input_noise, target, weight, bias;
   bool has_noise;
   int64_t n, dim, num_classes, rows;
   Wide* centroids;
   bool* seen;
-  Wide delta_var, delta_dist, alpha, beta, gamma, momentum;
   bool update_state;
   int64_t ignore_index;
   Wide *loss, *terms;
@@ -24,7 +23,8 @@ struct Loss {
   Wide* boundary_bias;
 
   explicit Loss(const LossParams& p)
-      : input(p.input),
+      : SettingsOf<Wide>(p.settings.as<Wide>()),
+        input(p.input),
         input_noise(p.input_noise),
         target(p.target),
         weight(p.weight),
@@ -36,12 +36,6 @@ struct Loss {
         rows(p.n < p.num_classes ? p.n : p.num_classes),
         centroids(static_cast<Wide*>(p.centroids)),
         seen(p.seen),
-        delta_var(Wide(p.settings.delta_var)),
-        delta_dist(Wide(p.settings.delta_dist)),
-        alpha(Wide(p.settings.alpha)),
-        beta(Wide(p.settings.beta)),
-        gamma(Wide(p.settings.gamma)),
-        momentum(Wide(p.settings.momentum)),
         update_state(p.update_state),
         ignore_index(p.ignore_index),
         loss(static_cast<Wide*>(p.loss)),
@@ -55,17 +49,13 @@ struct Loss {
         winner(classes + rows),
         boundary_bias(static_cast<Wide*>(p.boundary_bias)) {}
 
-  RF_INLINE Wide view_weight() const { return has_noise ? alpha / 2 : alpha; }
+  RF_INLINE Wide view_weight() const { return has_noise ? this->alpha / 2 : this->alpha; }
 
-  // From the sums over rows of (compactness, alignment, margin, regularization); one thread calls it.
-  RF_DEVICE void write_terms(int32_t present, const Wide (&sum)[4]) const {
-    const Wide count = Wide(present > 0 ? present : 1);
-    const Wide compactness = sum[0] / count, alignment = sum[1] / count;
-    const Wide variance = has_noise ? (compactness + alignment) / 2 : compactness;
-    const Wide margin = sum[2] / count, regularization = sum[3] / count;
-    *loss = alpha * variance + beta * margin + gamma * regularization;
-    terms[0] = variance, terms[1] = margin, terms[2] = regularization;
-    terms[3] = compactness, terms[4] = alignment;
+  // From the sums over rows; one thread calls it.
+  RF_DEVICE void write_terms(int32_t present, Wide (&sum)[class_term::count]) const {
+    RF_UNROLL
+    for (int term = 0; term < class_term::count; ++term) sum[term] /= Wide(present > 0 ? present : 1);
+    robustfast::write_terms<Wide>(*this, has_noise, sum, loss, terms);
   }
 };
 

@@ -85,17 +85,17 @@ RF_DEVICE void finish_row(const Loss<Wide>& a, const Workspace<Wide>& w, int64_t
   if (threadIdx.x != 0) return;
   a.winner[row] = winner;
   a.boundary_bias[row] = boundary.boundary_bias();
-  const Wide terms[4] = {squares[0] / samples, squares[1] / samples, boundary.margin, w.length[row]};
+  const Wide terms[class_term::count] = {squares[0] / samples, squares[1] / samples, boundary.margin, w.length[row]};
   RF_UNROLL
-  for (int term = 0; term < 4; ++term) w.row_terms[term * a.rows + row] = terms[term];
+  for (int term = 0; term < class_term::count; ++term) w.row_terms[term * a.rows + row] = terms[term];
 }
 
 template <class Wide>
 RF_DEVICE void sum_rows(const Loss<Wide>& a, const Workspace<Wide>& w) {
   const int32_t present = w.groups.totals->present;
-  Wide sum[4] = {0, 0, 0, 0};
+  Wide sum[class_term::count] = {};
   RF_UNROLL
-  for (int term = 0; term < 4; ++term) {
+  for (int term = 0; term < class_term::count; ++term) {
     for (int32_t row = int32_t(threadIdx.x); row < present; row += finish_threads) {
       sum[term] += w.row_terms[term * a.rows + row];
     }

@@ -21,7 +21,7 @@ struct Workspace {
   Wide* partial;       // (places, dim): sums of the chunks of rows with several, see Chunk::place
   Wide* squares;       // (max_chunks, 2): squared hinges of each chunk's samples
   Wide *length, *tau;  // (rows): ||m_c||, d m_c / d mu_c
-  Wide* row_terms;     // (4, rows): compactness, alignment, margin, regularization
+  Wide* row_terms;     // (class_term::count, rows)
 
   void place(Arena& arena, const Loss<Wide>& a);
 };

@@ -102,7 +102,7 @@ void Workspace<Wide>::place(Arena& arena, const Loss<Wide>& a) {
   squares = arena.take<Wide>(2 * groups.max_chunks());
   length = arena.take<Wide>(a.rows);
   tau = arena.take<Wide>(a.rows);
-  row_terms = arena.take<Wide>(4 * a.rows);
+  row_terms = arena.take<Wide>(class_term::count * a.rows);
 }
 
 size_t discriminative_loss_scratch(const LossParams& p) {
@@ -120,7 +120,7 @@ cudaError_t discriminative_loss(const LossParams& p, void* scratch, cudaStream_t
   if (p.n > INT32_MAX || p.num_classes >= INT32_MAX) return cudaErrorInvalidValue;
   if (p.n == 0) {
     const cudaError_t error = cudaMemsetAsync(p.loss, 0, wide_size(p.input.dtype), stream);
-    return error == cudaSuccess ? cudaMemsetAsync(p.terms, 0, 5 * wide_size(p.input.dtype), stream) : error;
+    return error == cudaSuccess ? cudaMemsetAsync(p.terms, 0, num_terms * wide_size(p.input.dtype), stream) : error;
   }
   if (!p.has_noise) {  // the noisy view's pulls: nobody reads them, but results are to be the same in every run
     const size_t bytes = size_t(p.n) * wide_size(p.input.dtype);

@@ -17,7 +17,7 @@ struct Small {
   Wide *weight, *mu, *centroid;      // (K, D), (R, D), (R, D)
   Wide* score;                       // (R, K)
   Wide *pull, *square;               // (2, N): as in docs/ops.md, and hinge squared
-  Wide* row_terms;                   // (4, R): compactness, alignment, margin, regularization
+  Wide* row_terms;                   // (class_term::count, R)
   Wide *length, *tau;                // (R,): ||m_c||, d m_c / d mu_c
   Boundary<Wide>* boundary;          // (R,)
   int32_t *class_of_sample, *order;  // (N,)
@@ -33,7 +33,7 @@ struct Small {
     };
     weight = next(num_classes * dim), mu = next(rows * dim), centroid = next(rows * dim),
     score = next(rows * num_classes);
-    pull = next(2 * n), square = next(2 * n), row_terms = next(4 * rows);
+    pull = next(2 * n), square = next(2 * n), row_terms = next(class_term::count * rows);
     length = next(rows), tau = next(rows);
     boundary = reinterpret_cast<Boundary<Wide>*>(next(rows * int64_t(sizeof(Boundary<Wide>) / sizeof(Wide))));
     int32_t* integer = reinterpret_cast<int32_t*>(wide);
@@ -186,9 +186,9 @@ RF_DEVICE void finish_row(const Loss<Wide>& a, const Small<Wide>& s, int32_t pre
   s.winner[row] = a.winner[row] = boundary.active() ? winner : -1;
   s.boundary[row] = boundary;
   a.boundary_bias[row] = boundary.boundary_bias();
-  const Wide terms[4] = {square[0] / Wide(s.count[row]), square[1] / Wide(s.count[row]), boundary.margin,
-                         s.length[row]};
-  for (int term = 0; term < 4; ++term) s.row_terms[term * a.rows + row] = terms[term];
+  const Wide terms[class_term::count] = {square[0] / Wide(s.count[row]), square[1] / Wide(s.count[row]),
+                                         boundary.margin, s.length[row]};
+  for (int term = 0; term < class_term::count; ++term) s.row_terms[term * a.rows + row] = terms[term];
 }
 
 template <class T, int norm, class Wide>
@@ -239,8 +239,8 @@ __global__ void __launch_bounds__(small_threads) small_kernel(const Loss<Wide> a
   __syncthreads();
   row_gradients<T, norm>(a, s, present);
   if (warp_id() == 0) {
-    Wide sum[4] = {0, 0, 0, 0};
-    for (int term = 0; term < 4; ++term) {
+    Wide sum[class_term::count] = {};
+    for (int term = 0; term < class_term::count; ++term) {
       for (int32_t row = lane_id(); row < present; row += 32) sum[term] += s.row_terms[term * a.rows + row];
       sum[term] = lanes_sum(sum[term]);
     }

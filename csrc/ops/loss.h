@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 #include <tuple>
 #include <vector>
 
@@ -19,10 +20,11 @@ struct LossSizes {
 
 // The op's `settings`, or what `scheduled` holds in their place, on the CPU.
 inline Settings settings_of(const std::vector<double>& settings, const std::optional<Tensor>& scheduled) {
-  if (!scheduled && settings.size() != 6)
-    throw std::invalid_argument("robustfast: the loss was called without its six settings");
-  const double* const s = scheduled ? data<double>(*scheduled) : settings.data();
-  return {s[0], s[1], s[2], s[3], s[4], s[5]};
+  if (!scheduled && settings.size() != num_settings)
+    throw std::invalid_argument("robustfast: the loss was called without all of its settings");
+  Settings result;
+  memcpy(&result, scheduled ? data<double>(*scheduled) : settings.data(), sizeof(result));
+  return result;
 }
 
 // The results of discriminative_loss, to be written.
@@ -32,7 +34,7 @@ struct LossResults {
 
   LossResults(const LossSizes& sizes, const Tensor& input, ScalarType wide)
       : loss(empty({}, wide, input)),
-        terms(empty({5}, wide, input)),
+        terms(empty({num_terms}, wide, input)),
         slot(empty({sizes.n}, ScalarType::Int, input)),
         pull(empty({2, sizes.n}, wide, input)),
         tables(empty({3, sizes.rows, sizes.dim}, wide, input)),

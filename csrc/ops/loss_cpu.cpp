@@ -16,13 +16,10 @@ namespace {
 
 template <class Wide>
 void run(Loss<Wide>& loss, Wide* total, Wide* terms) {
-  const Settings& s = loss.settings;
-  Wide parts[3];  // compactness, alignment, regularization
-  variance(loss, parts);
-  const Wide spread = loss.input_noise ? (parts[0] + parts[1]) / 2 : parts[0], margins = margin(loss);
-  *total = Wide(s.alpha) * spread + Wide(s.beta) * margins + Wide(s.gamma) * parts[2];
-  const Wide all[] = {spread, margins, parts[2], parts[0], parts[1]};
-  std::copy(all, all + 5, terms);
+  Wide mean[class_term::count] = {};
+  variance(loss, mean);
+  mean[class_term::margin] = margin(loss);
+  write_terms(loss.settings.template as<Wide>(), bool(loss.input_noise), mean, total, terms);
 }
 
 LossResults::Tuple discriminative_loss(const Tensor& input, const std::optional<Tensor>& input_noise,

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from robustfast import ops
 from robustfast.checks import wide_dtype
-from robustfast.ops import gradients
 from robustfast.triton_ops.centroids import add_chunks, blend, sum_samples, sums_kernel
 from robustfast.triton_ops.device import cdiv, kind_of, launch, next_power_of_2, processor, registers, row_tile
 from robustfast.triton_ops.elements import matrix, scalar
@@ -61,15 +61,7 @@ def discriminative_loss(
     rows = min(n, num_classes)
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     bias = None if bias is None else bias.contiguous()
-    results = Results(
-        loss=input.new_empty((), dtype=wide),
-        terms=input.new_empty(5, dtype=wide),
-        slot=input.new_empty(n, dtype=torch.int32),
-        pull=input.new_empty((2, n), dtype=wide),
-        tables=input.new_empty((3, rows, dim), dtype=wide),
-        classes=input.new_empty((2, rows), dtype=torch.int32),
-        boundary_bias=input.new_empty(rows, dtype=wide),
-    )
+    results = Results(*ops.discriminative_loss(input, input_noise, target, weight))
     if n == 0:
         results.loss.zero_(), results.terms.zero_()
         return results
@@ -272,7 +264,7 @@ def discriminative_loss_backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     n, dim = input.shape
     rows = classes.shape[1]
-    grads = gradients(input, num_classes, weight_dtype, bias_dtype, wanted)
+    grads = ops.gradients(input, num_classes, weight_dtype, bias_dtype, wanted)
     dense = num_classes <= DENSE
     if n == 0 or not dense:
         for grad in grads[2:]:
