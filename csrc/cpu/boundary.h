@@ -4,6 +4,10 @@
 namespace robustfast {
 namespace RF_ISA {
 
+// An integer of the size of F, so that loops over both vectorise.
+template <class F>
+using IntegerOf = std::conditional_t<sizeof(F) == 8, int64_t, int32_t>;
+
 // ((W_i - W_c) . mu_c + b_i - b_c) / ||W_i - W_c||, and that distance: 0 where the rows are equal.
 template <class F>
 struct Boundary {
@@ -32,9 +36,12 @@ BoundarySums<F> boundary_sums(const T* w_i, const F* w_c, const F* mu, int64_t d
 // Squares left the range of F: all is scaled by a power of two.
 template <class T, class F>
 Boundary<F> scaled_boundary(const T* w_i, const F* w_c, const F* mu, F bias_difference, int64_t dim) {
-  F largest = 0;
-#pragma omp simd reduction(max : largest)
-  for (int64_t d = 0; d < dim; ++d) largest = std::max(largest, std::abs(F(to_float(w_i[d])) - w_c[d]));
+  IntegerOf<F> bits = 0;  // of the largest difference: numbers that are not negative are in the order of their bits
+#pragma omp simd reduction(max : bits)
+  for (int64_t d = 0; d < dim; ++d) {
+    bits = std::max(bits, bit_cast<IntegerOf<F> >(std::abs(F(to_float(w_i[d])) - w_c[d])));
+  }
+  const F largest = bit_cast<F>(bits);
   if (largest == F(0)) return {F(0), F(0)};
   constexpr int most = std::numeric_limits<F>::max_exponent - 2;  // so that the scale itself is a normal number
   const F scale = std::ldexp(F(1), std::clamp(-std::ilogb(largest), -most, most));

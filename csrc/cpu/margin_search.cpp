@@ -248,10 +248,6 @@ RF_INLINE F bound(const Panel<F>& panel, const Row<F>& row, int i, F logit, cons
   return logit + panel.bias[i] - row.own_logit + (error + target.tiny);
 }
 
-// An integer of the size of F, so that loops over both vectorise.
-template <class F>
-using IntegerOf = std::conditional_t<sizeof(F) == 8, int64_t, int32_t>;
-
 // Which pairs of one row with a panel may beat the target: possible[i], 0 or 1, and how many they are.
 // `product` is W_i . W_c over some columns, `rest_c` the norm of W_c over the others, `rests` that of each W_i.
 template <class F>
