@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
+from robustfast.backends import LIBRARIES
 from robustfast.bench import cases, measure, report, run
 from robustfast.disk import write_json
 
@@ -23,7 +24,7 @@ def bench(
     shapes: Annotated[
         str | None, typer.Option(help="names with commas between; default: what suits the device")
     ] = None,
-    backends: Annotated[str | None, typer.Option(help="cpu, triton, cuda with commas between; default: all")] = None,
+    backends: Annotated[str | None, typer.Option(help=f"of {', '.join(LIBRARIES)} with commas between; all")] = None,
     dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}; several with commas between")] = "float32",
     device: Annotated[str, typer.Option(help="cpu or cuda; default: a GPU where there is one")] = "auto",
     seconds: Annotated[float, typer.Option(min=0.01, help="to spend on each table")] = 6.0,
@@ -38,7 +39,7 @@ def bench(
     """
     chosen = _names("ops", ops or cases.OPS, cases.OPS)
     dtypes = [DTYPES[name] for name in _names("dtype", dtype.split(","), DTYPES)]
-    asked = _names("backends", backends.split(","), ("cpu", "triton", "cuda")) if backends else None
+    asked = _names("backends", backends.split(","), LIBRARIES) if backends else None
     where = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
     planned = run.plan(chosen, shapes.split(",") if shapes else None, dtypes, where)
     if scaling:
