@@ -163,7 +163,11 @@ def test_torchrun_ranks_write_the_same_file(place):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "robustfast"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*launcher, "evaluate", "shared", "--batch-size", "256"], env=environment, capture_output=True, text=True
+        [*launcher, "evaluate", "shared", "--batch-size", "256"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert (place / "shared/evaluation-quick/images.npz").read_bytes() == expected

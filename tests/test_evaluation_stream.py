@@ -147,9 +147,19 @@ def run(tmp_path, name, mode, *launcher):
     return subprocess.Popen([sys.executable, *launcher, *arguments], env=environment, stderr=subprocess.PIPE, text=True)
 
 
+def finish(process):
+    """Wait for a process; one that fails, or hangs, is an error with what it wrote."""
+    try:
+        _, error = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    assert process.returncode == 0, error
+
+
 def test_two_ranks_and_a_killed_pass_give_the_same_bytes(tmp_path):
     alone = run(tmp_path, "alone", "one")
-    assert alone.wait() == 0, alone.stderr.read()
+    finish(alone)
     expected = (tmp_path / "alone" / TABLE).read_bytes()
     ranks = run(tmp_path, "ranks", "ranks", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     killed = run(tmp_path, "killed", "slow")
@@ -157,12 +167,12 @@ def test_two_ranks_and_a_killed_pass_give_the_same_bytes(tmp_path):
     while len(list((tmp_path / "killed" / PARTS).glob("*.npz"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    killed.communicate()
     assert not (tmp_path / "killed" / TABLE).exists() and (tmp_path / "killed" / PARTS).exists()
     resumed = run(tmp_path, "killed", "one")
-    assert resumed.wait() == 0, resumed.stderr.read()
+    finish(resumed)
     assert (tmp_path / "killed" / TABLE).read_bytes() == expected
-    assert ranks.wait() == 0, ranks.stderr.read()
+    finish(ranks)
     assert (tmp_path / "ranks" / TABLE).read_bytes() == expected
 
 
