@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is decorated: Triton's run on the CPU then
 
 from cuda_emulation.build import build
+from loss_cases import random_case
 
 from robustfast import backends
 from robustfast.backends import LIBRARIES, home
@@ -64,18 +66,69 @@ def pytest_runtest_setup():
     torch.manual_seed(0)  # a test has the same numbers in every run
 
 
-@pytest.fixture(params=[name for name in USABLE if name not in SLOW - {"emulated"}])
-def backend(request):
-    """Every backend that can run here."""
-    if request.param == "emulated":
+def enter(request, name):
+    """The backend of that name, ready to run."""
+    if name == "emulated":
         request.getfixturevalue("emulated")
+    return name
+
+
+@pytest.fixture(params=[name for name in USABLE if name not in SLOW])
+def backend(request):
+    """Every backend that is quick here; tests of what all of them promise take ``every_backend`` in its place."""
     return request.param
+
+
+@pytest.fixture(params=USABLE)
+def every_backend(request):
+    """Every backend that can run here, emulated and interpreted ones too."""
+    return enter(request, request.param)
 
 
 @pytest.fixture
 def device(backend):
+    return device_of(backend)
+
+
+def device_of(backend):
     on_gpu = home(backend) == "cuda" or (backend == "reference" and torch.cuda.is_available())
     return "cuda" if on_gpu else "cpu"
+
+
+class Way(NamedTuple):
+    """A size of batch that goes one of the ways that a backend has: small problems, large ones, tables of fewer rows
+    than classes."""
+
+    backend: str
+    n: int
+    num_classes: int
+    launches: str = "as they are"
+
+    @property
+    def device(self):
+        return device_of(self.backend)
+
+    def case(self, dim=24, **options):
+        """Inputs of this size (see loss_cases.random_case), but where the options have another."""
+        options = {"n": self.n, "classes": options.pop("num_classes", self.num_classes)} | options
+        return random_case(dim=dim, device=self.device, **options)
+
+
+def ways(backend):
+    if backend == "triton" and backend in SLOW:  # large problems would be too slow to interpret
+        return [Way(backend, 40, 12), Way(backend, 40, 12, "many")]
+    return [Way(backend, 40, 12), Way(backend, 60, 90) if backend == "reference" else Way(backend, 600, 140)]
+
+
+@pytest.fixture(params=[way for name in USABLE for way in ways(name)], ids=lambda way: "-".join(map(str, way[:3])))
+def way(request, monkeypatch):
+    """Every way through every backend."""
+    enter(request, request.param.backend)
+    if request.param.launches == "many":
+        from robustfast.triton_ops import loss
+
+        monkeypatch.setattr(loss, "is_small", lambda *_: False)
+    return request.param
 
 
 @pytest.fixture(scope="session")

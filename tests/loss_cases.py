@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from robustfast import functional
+from robustfast.backends import home
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = sorted(path.stem for path in DATA.glob("*.npz"))
@@ -55,6 +56,11 @@ def random_case(
     return tuple(tensor.to(device) for tensor in tensors)
 
 
+def in_float64(tensors):
+    """The same values in float64: what the exact result is computed from."""
+    return [t.double() if t is not None and t.is_floating_point() else t for t in tensors]
+
+
 def run(tensors, backend, **keywords):
     """Loss, terms, gradients and the state after one step; the tensors given are left as they were."""
     f, g, target, weight, bias, centroids, seen = tensors
@@ -79,3 +85,22 @@ def assert_close(actual, expected, relative, absolute=1e-300):
         error = (actual[name].double() - value.double()).abs().max() if value.numel() else torch.tensor(0.0)
         scale = value.double().abs().max() if value.numel() else torch.tensor(0.0)
         assert error <= relative * scale + absolute, f"{name}: {float(error)} of {float(scale)}"
+
+
+RELATIVE = {torch.float64: 1e-10, torch.float32: 1e-5}  # of the largest entry, by the dtype of statistics
+
+
+def rounding(dtype, backend):
+    """What rounding to a half type may change of a number; Triton's interpreter cuts bits off instead."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return 0.0
+    cuts = backend == "triton" and home("triton") == "cpu"
+    return torch.finfo(dtype).eps / (1 if cuts else 2)
+
+
+def assert_matches_float64(tensors, backend, **keywords):
+    """Values, gradients and state as the reference has them in float64, but for RELATIVE and the results' dtypes."""
+    actual, expected = run(tensors, backend, **keywords), run(in_float64(tensors), "reference", **keywords)
+    wide = torch.promote_types(tensors[0].dtype, torch.float32)
+    for name, value in expected.items():
+        assert_close(actual, {name: value}, RELATIVE[wide] + rounding(actual[name].dtype, backend), 1e-12)

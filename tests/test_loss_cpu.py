@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from loss_cases import assert_close, random_case, run
+from loss_cases import assert_close, in_float64, random_case, run
 
 from robustfast import backends, functional
 
@@ -146,3 +146,66 @@ def test_unknown_instruction_set():
     assert done.returncode != 0
     assert "ROBUSTFAST_CPU_ISA: expected one of what this processor has (baseline" in done.stderr
     assert "got 'avx3'" in done.stderr
+
+
+def test_skewed_labels_and_thread_counts():
+    tensors = list(random_case(1500, 40, 130, seed=5))
+    tensors[2][:1200] = 3
+    assert_close(of_threads(tensors), run(in_float64(tensors), "reference"), 1e-5)
+
+
+INSTRUCTION_SETS = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from loss_cases import assert_close, random_case, run
+from robustfast import _C
+assert _C.build_info()["instruction_set"] == sys.argv[2], _C.build_info()
+for dtype, relative in ((torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)):
+    for n, dim, classes in ((64, 128, 10), (70, 100, 150), (9, 3, 2)):
+        tensors = random_case(n, dim, classes, dtype=dtype)
+        wide = [t.double() if t.is_floating_point() else t for t in tensors]
+        assert_close(run(tensors, "cpu"), run(wide, "reference"), relative)
+"""
+
+
+@pytest.mark.parametrize("name", ["baseline", "avx2", "avx512"])
+def test_instruction_sets(name, request):
+    from robustfast import _C
+
+    order = ["baseline", "avx2", "avx512"]
+    here = _C.build_info()["instruction_set"]
+    if os.environ.get("ROBUSTFAST_CPU_ISA") or order.index(name) > order.index(here):
+        pytest.skip(f"this processor or its setting stops at {here}")
+    environment = {**os.environ, "ROBUSTFAST_CPU_ISA": name}
+    command = [sys.executable, "-c", INSTRUCTION_SETS, str(request.path.parent), name]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+MEMORY = """
+import resource, torch
+from robustfast import functional
+n, dim, classes = 512, 128, 200_000
+f, g = (torch.randn(n, dim, requires_grad=True) for _ in range(2))
+weight, bias = torch.randn(classes, dim, requires_grad=True), torch.zeros(classes, requires_grad=True)
+state = torch.ones(classes, dim), torch.zeros(classes, dtype=torch.bool)
+for leaf in (f, g, weight, bias):
+    leaf.grad = torch.ones_like(leaf)  # the gradients' own memory, touched
+grads = [leaf.grad for leaf in (f, g, weight, bias)]
+for leaf in (f, g, weight, bias):
+    leaf.grad = None
+small = [t.detach()[:4].clone().requires_grad_() for t in (f, g, weight, bias)]
+small_state = state[0][:4], state[1][:4]
+functional.discriminative_loss(*small[:2], torch.arange(4), *small[2:], *small_state, backend="cpu").loss.backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+del grads
+loss = functional.discriminative_loss(f, g, torch.randint(classes, (n,)), weight, bias, *state, backend="cpu").loss
+loss.backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def test_memory_with_200_000_classes():
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 64, f"{float(done.stdout):.0f} MiB beside inputs, gradients and state"
