@@ -267,7 +267,7 @@ def test_sizes_of_zero(empty, noise, way):
     actual = run(tensors, way.backend, delta_var=-1.5)
     share = 2.25 if n else 0
     expected = {"loss": share, "margin": 0.0, "compactness": share, "alignment": share if noise else 0.0}
-    assert {name: float(actual[name]) for name in expected} == expected
+    assert {name: float(actual[name]) for name in expected} == pytest.approx(expected, rel=1e-6)
     assert actual["grad_weight"].shape == (way.num_classes, dim) and not actual["grad_bias"].any()
     assert_matches_float64(tensors, way.backend)
 

@@ -65,8 +65,12 @@ inline Tensor unit_rows(const Tensor& tensor) {
   return tensor.dim() < 2 || tensor.size(1) <= 1 || tensor.stride(1) == 1 ? tensor : torch::stable::contiguous(tensor);
 }
 
-// Of a tensor that outlives it and went through unit_rows.
-inline Matrix matrix(const Tensor& tensor) { return {tensor.const_data_ptr(), dtype_of(tensor), tensor.stride(0)}; }
+// Of a tensor that outlives it and went through unit_rows. One without elements has no memory, but it is there.
+inline Matrix matrix(const Tensor& tensor) {
+  static constexpr char nothing = 0;
+  const void* const data = tensor.const_data_ptr();
+  return {data ? data : &nothing, dtype_of(tensor), tensor.stride(0)};
+}
 inline Matrix matrix(const std::optional<Tensor>& tensor) { return tensor ? matrix(*tensor) : Matrix{}; }
 
 template <class T>
