@@ -30,7 +30,7 @@ LossResults::Tuple discriminative_loss(const Tensor& input, const std::optional<
   const LossSizes sizes(input, weight.size(0));
   const Tensor f = unit_rows(input), w = unit_rows(weight);
   const std::optional<Tensor> g = unit_rows(input_noise);
-  const LossResults results(sizes, input, wide_type(input));
+  const LossResults results(sizes, input, wide_dtype(input));
   with_huge_pages(results.tables);
 
   const int64_t rows = sizes.rows, dim = sizes.dim;
@@ -70,7 +70,7 @@ LossResults::Tuple discriminative_loss(const Tensor& input, const std::optional<
     };
     run(loss, data<Wide>(results.loss), data<Wide>(results.terms));
   };
-  wide_type(input) == ScalarType::Double ? run_with(double()) : run_with(float());
+  wide_dtype(input) == ScalarType::Double ? run_with(double()) : run_with(float());
   return results.tuple();
 }
 
@@ -116,7 +116,7 @@ LossGradients::Tuple discriminative_loss_backward(const Tensor& grad_loss, const
       margin_backward(loss, gradients.at(2, gradients.weight), gradients.at(3, gradients.bias));
     }
   };
-  wide_type(input) == ScalarType::Double ? run_with(double()) : run_with(float());
+  wide_dtype(input) == ScalarType::Double ? run_with(double()) : run_with(float());
   return gradients.tuple();
 }
 

@@ -18,7 +18,7 @@ LossResults::Tuple discriminative_loss(const Tensor& input, const std::optional<
   const LossSizes sizes(input, weight.size(0));
   const Tensor f = unit_rows(input), w = unit_rows(weight);
   const std::optional<Tensor> g = unit_rows(input_noise);
-  const LossResults results(sizes, input, wide_type(input));
+  const LossResults results(sizes, input, wide_dtype(input));
   const cuda::LossParams params = {
       .input = matrix(f),
       .input_noise = matrix(g),

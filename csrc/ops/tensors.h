@@ -42,7 +42,7 @@ inline Dtype dtype_of(ScalarType type) {
 inline Dtype dtype_of(const Tensor& tensor) { return dtype_of(tensor.scalar_type()); }
 
 // The dtype of statistics and state for features of this dtype.
-inline ScalarType wide_type(const Tensor& features) {
+inline ScalarType wide_dtype(const Tensor& features) {
   return features.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 

@@ -145,16 +145,16 @@ def variance_backward(
     at = sample.to(tl.int64)[:, None] * dim + d[None, :]
     mask = (sample < n)[:, None] & (d < dim)[None, :]
     if grad_input is not None:
-        grad = pull_back(f, pull, centroid, grad_loss, sample, counted, d, dim, NORM)
+        grad = pull_gradient(f, pull, centroid, grad_loss, sample, counted, d, dim, NORM)
         mu_grad = load_table_rows(tables + tl.cast(rows, tl.int64) * dim, row, counted, d, dim)
         tl.store(grad_input + at, grad + grad_loss * mu_grad, mask=mask)
     if grad_input_noise is not None:
-        grad = pull_back(g, pull + n, centroid, grad_loss, sample, counted, d, dim, NORM)
+        grad = pull_gradient(g, pull + n, centroid, grad_loss, sample, counted, d, dim, NORM)
         tl.store(grad_input_noise + at, grad, mask=mask)
 
 
 @triton.jit
-def pull_back(x, pull, centroid, grad_loss, sample, counted, d, dim, NORM: tl.constexpr):
+def pull_gradient(x, pull, centroid, grad_loss, sample, counted, d, dim, NORM: tl.constexpr):
     """grad_loss pull direction(x_i - m_c) of each sample."""
     residual = load_rows(x, sample, counted, d, dim, centroid.dtype) - centroid
     weight = grad_loss * tl.load(pull + sample, mask=counted, other=0)
