@@ -151,11 +151,16 @@ def test_the_demo_does_not_go_on_with_other_settings(tmp_path):
         comparison.train_or_go_on(preset("digits", epochs=2), tmp_path)
 
 
+def hear_interrupts():
+    """A shell's background jobs, these tests among them, are started deaf to Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start_demo(out, workers):
     """A demo in a process group of its own, all of whose workers have begun a run."""
     command = [sys.executable, "-m", "robustfast", "demo", "--epochs", "300", "--workers", str(workers), "--out", out]
     demo = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            start_new_session=True)  # fmt: skip
+                            start_new_session=True, preexec_fn=hear_interrupts)  # fmt: skip
     while len(list(out.glob(f"runs/*/{files.STATE}"))) < workers:
         assert demo.poll() is None, demo.stdout.read()
         time.sleep(0.05)
