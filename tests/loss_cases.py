@@ -103,4 +103,6 @@ def assert_matches_float64(tensors, backend, **keywords):
     actual, expected = run(tensors, backend, **keywords), run(in_float64(tensors), "reference", **keywords)
     wide = torch.promote_types(tensors[0].dtype, torch.float32)
     for name, value in expected.items():
-        assert_close(actual, {name: value}, RELATIVE[wide] + rounding(actual[name].dtype, backend), 1e-12)
+        narrow = torch.finfo(torch.float32).eps if actual[name].dtype == torch.float32 else 0.0
+        relative = RELATIVE[wide] + max(narrow, rounding(actual[name].dtype, backend))
+        assert_close(actual, {name: value}, relative, 1e-12)

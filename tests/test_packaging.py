@@ -16,7 +16,14 @@ from robustfast import backends, extension
 
 ROOT = Path(__file__).resolve().parents[1]
 SETUP = runpy.run_path(str(ROOT / "setup.py"))
-SHOW = "import robustfast; print(robustfast.__file__, robustfast.backends()['cpu'])"
+# Without the finder of an editable installation, which would show these tests the checkout.
+SHOW = """
+import sys
+editable = [f for f in sys.meta_path if str(getattr(f, "__module__", "")).startswith("__editable__")]
+sys.meta_path = [finder for finder in sys.meta_path if finder not in editable]
+import robustfast
+print(robustfast.__file__, robustfast.backends()["cpu"])
+"""
 
 
 @pytest.fixture

@@ -311,7 +311,8 @@ def test_results_have_the_documented_fields(tiny):
                                       (ROOT / "docs" / "results.md").read_text(), re.M)
     }  # fmt: skip
     results = train(replace(tiny, epochs=1))
-    assert documented.keys() == {"field", "data", "history", "environment", "field of the demo"}
+    documents = {"field", "data", "history", "environment", "field of the demo", "field of an evaluation", "summary"}
+    assert documented.keys() == documents
     assert documented["field"] == results.keys() and documented["history"] == results["history"][0].keys()
     assert documented["data"] == results["data"].keys() and documented["environment"] == results["environment"].keys()
     assert results["config"].keys() == {field.name for field in fields(Config)}
