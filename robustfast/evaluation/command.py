@@ -101,6 +101,8 @@ def compare(
     models = [runs.read(runs.find(place)) for place in (a, b)]
     head = ("accuracy, %", a.name, b.name, "A - B", f"{confidence:.0%} interval", "p")
     shown = Table(*head, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for column in (shown.columns[0], shown.columns[4]):  # whole in a narrow terminal too
+        column.no_wrap = True
     for name, mean_a, mean_b, found in comparisons(*models, confidence=confidence):
         difference, p_value = f"{found.difference:+.2f}", f"{found.p_value:.2g}"
         interval = f"{found.low:+.2f} to {found.high:+.2f}"
