@@ -1,13 +1,14 @@
 """Every op against plain PyTorch: `make bench`. The tables are those of `robustfast bench`."""
 
 import pytest
+import torch
 from conftest import DEVICE
 
-from robustfast.bench import cases
+from robustfast.bench import cases, run
 
-TABLES = [(op, shape) for op in cases.OPS for shape in (cases.ON_CPU if DEVICE.type == "cpu" else cases.SHAPES)[op]]
+TABLES = run.plan(cases.OPS, None, [torch.float32], DEVICE)
 
 
-@pytest.mark.parametrize(("op", "shape"), TABLES)
-def test_op(op, shape, gate):
-    gate(op, shape)
+@pytest.mark.parametrize(("op", "shape", "dtype"), TABLES)
+def test_op(op, shape, dtype, gate):
+    gate(op, shape, dtype)

@@ -38,7 +38,7 @@ def committed(op, shape, dtype):
 def gate(benchmark, ceilings, request, capsys):
     """Measures a table, shows it, and fails where a kernel's speedup is less than 1 - DROP of the committed one."""
 
-    def measure_table(op, shape, dtype=torch.float32):
+    def measure_table(op, shape, dtype):
         names, _ = cases.usable(None, DEVICE)
         case, rows = run.measure(op, shape, dtype, names, ceilings, request.config.getoption("--seconds"), graphs=True)
         benchmark.group = report.title(rows[0])

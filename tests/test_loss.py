@@ -151,8 +151,9 @@ def test_kernel_is_the_reference(backend):
     if backend == "reference":
         pytest.skip("it is what the others are compared with")
     device = "cuda" if home(backend) == "cuda" else "cpu"
+    examples = {"triton": 15, "emulated": 50}[backend] if backend in SLOW else 150
 
-    @settings(max_examples={"triton": 15, "emulated": 50}.get(backend, 150) if backend in SLOW else 150, deadline=None)
+    @settings(max_examples=examples, deadline=None)
     @given(
         n=st.integers(0, 40),
         dim=st.integers(1, 150),
