@@ -28,8 +28,8 @@ try:
         from rich.text import Text
 
         from robustfast.bench.command import bench
-        from robustfast.evaluation import runs
-        from robustfast.evaluation.command import compare, evaluate
+        from robustfast.commands import runs
+        from robustfast.commands.evaluate import compare, evaluate
         from robustfast.evaluation.suites import SUITES
         from robustfast.training import Config, comparison, files, loop, presets
         from robustfast.training.config import METHODS

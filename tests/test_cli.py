@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import robustfast
 from robustfast import cli, disk
-from robustfast.evaluation import runs
+from robustfast.commands import runs
 from robustfast.training import Config, comparison, data, files, loop, preset, train
 
 ROOT = Path(__file__).parents[1]

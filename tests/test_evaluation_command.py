@@ -19,9 +19,12 @@ from scipy import stats
 from typer.testing import CliRunner
 
 from robustfast import cli, disk
-from robustfast.evaluation import command, input_hessian_spectrum, runs, survival, table
+from robustfast.commands import runs
+from robustfast.commands.evaluate import comparisons
+from robustfast.evaluation import input_hessian_spectrum, survival, table
+from robustfast.evaluation.evaluated import corruption_errors
 from robustfast.evaluation.repeats import tolerance_of
-from robustfast.evaluation.report import corruption_errors, render, worst_images
+from robustfast.evaluation.report import render, worst_images
 from robustfast.training import data, load_classifier, preset, train
 
 ROOT = Path(__file__).parents[1]
@@ -129,10 +132,10 @@ def test_compare_is_paired(place):
     assert f"{100 * (share[0] - share[1]).mean():+.2f}" in row
     assert f"{100 * interval.low:+.2f} to {100 * interval.high:+.2f}" in row
     assert "linf 0.025" in shown.output and "log10 of the curvature" in shown.output, "the largest suite of both"
-    rows = command.comparisons(a, a)
+    rows = comparisons(a, a)
     assert all(found.difference == 0 and found.p_value == 1 for *_, found in rows)
     with pytest.raises(ValueError, match="evaluated on different images"):
-        command.comparisons(a, b._replace(columns={**b.columns, "pixels": b.columns["pixels"] + 1}))
+        comparisons(a, b._replace(columns={**b.columns, "pixels": b.columns["pixels"] + 1}))
 
 
 def test_a_finished_evaluation_is_read_and_another_refused(place):
@@ -145,7 +148,7 @@ def test_a_finished_evaluation_is_read_and_another_refused(place):
     assert invoke("evaluate", "normal-1", "--seed", "3", "--overwrite").exit_code == 0
     assert disk.read_json(path.parent / "results.json")["about"]["seed"] == 3
     with pytest.raises(ValueError, match="different seeds"):
-        command.comparisons(*(runs.read(place / f"normal-{seed}/evaluation-quick") for seed in (0, 1)))
+        comparisons(*(runs.read(place / f"normal-{seed}/evaluation-quick") for seed in (0, 1)))
     assert invoke("evaluate", "normal-1", "--overwrite").exit_code == 0
 
 

@@ -1,5 +1,6 @@
 """What a build takes along and records, and what an import says and finds where nothing was built."""
 
+import ast
 import json
 import os
 import runpy
@@ -7,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from graphlib import TopologicalSorter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -188,3 +190,20 @@ def test_every_setuptools_reads_the_project():
     project = (ROOT / "pyproject.toml").read_text().partition("[project]")[2].partition("\n[")[0]
     keys = {line.partition("=")[0].strip() for line in project.splitlines()}
     assert "dependencies" in keys and not {"license", "license-files"} & keys
+
+
+def test_no_circles_of_imports():
+    """Of the package's modules and folders, imports within functions too: each can be read after those it imports."""
+    package = ROOT / "robustfast"
+    parts = {path.stem for path in package.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    imports: dict[str, set[str]] = {part: set() for part in parts}
+    for file in package.rglob("*.py"):
+        part = file.relative_to(package).parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in getattr(node, "names", []) if isinstance(alias, ast.alias)]
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{name}" for name in names]
+            found = {name.split(".")[1] for name in names if name.startswith("robustfast.")}
+            imports[part] |= found & (parts - {part})
+    assert {"evaluation", "losses"} <= imports["training"]
+    tuple(TopologicalSorter(imports).static_order())  # raises CycleError, which names the circle

@@ -18,7 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from robustfast import disk
-from robustfast.evaluation import report, runs
+from robustfast.commands import runs
+from robustfast.evaluation.evaluated import Evaluated
 from robustfast.evaluation.intervals import Paired, paired
 from robustfast.evaluation.suites import SUITES
 from robustfast.evaluation.summary import right_share
@@ -111,9 +112,7 @@ def compare(
     console.print(f"{len(models[0].columns['id'])} images, paired; p: exact sign test", highlight=False)
 
 
-def comparisons(
-    a: report.Evaluated, b: report.Evaluated, *, confidence: float = 0.95
-) -> list[tuple[str, float, float, Paired]]:
+def comparisons(a: Evaluated, b: Evaluated, *, confidence: float = 0.95) -> list[tuple[str, float, float, Paired]]:
     """(what, mean of A, mean of B, paired difference) of all that both tables have.
 
     Raises:
@@ -135,7 +134,7 @@ def comparisons(
     return rows
 
 
-def _comparable(m: dict, a: report.Evaluated, b: report.Evaluated) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def _comparable(m: dict, a: Evaluated, b: Evaluated) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     name = m["name"]
     if m["kind"] == "Draws":
         return {name: tuple(100 * right_share(model.columns, name) for model in (a, b))}  # type: ignore[dict-item]
@@ -147,7 +146,7 @@ def _comparable(m: dict, a: report.Evaluated, b: report.Evaluated) -> dict[str, 
     return {}
 
 
-def accuracy_table(models: list[report.Evaluated]) -> Table:
+def accuracy_table(models: list[Evaluated]) -> Table:
     names = [s["name"] for s in models[0].summary["settings"] if s["perturbation"] in (None, "gaussian")]
     shown = Table("accuracy, %", *names, box=box.SIMPLE, padding=(0, 1, 0, 0))
     for model in models:

@@ -1,7 +1,4 @@
-"""Trained runs and models of the user's, evaluated from the command line: what to measure, where it goes, its page.
-
-Unlike the rest of this package it knows of training, and is imported by the command line alone.
-"""
+"""Trained runs and models of the user's, evaluated from the command line: what to measure, where it goes, its page."""
 
 from __future__ import annotations
 
@@ -26,6 +23,7 @@ from torch import Tensor, nn
 import robustfast
 from robustfast import disk
 from robustfast.evaluation import report, stream, table
+from robustfast.evaluation.evaluated import Evaluated
 from robustfast.evaluation.folders import ImageFolder
 from robustfast.evaluation.models import Normalized
 from robustfast.evaluation.suites import SUITES, suite
@@ -130,7 +128,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 def evaluate(
     subject: Subject, out: Path, options: Options, on_images: Callable[[int, int], None] | None = None
-) -> report.Evaluated:
+) -> Evaluated:
     """Measure, write ``out``/images.npz and ``out``/results.json, and return what the page needs.
 
     A finished evaluation is read; an interrupted one goes on.
@@ -182,7 +180,7 @@ def evaluate(
             "seconds": time.perf_counter() - start,
         }  # fmt: skip
         disk.write_json(out / RESULTS, content)
-    return report.Evaluated(subject.name, subject.group, subject.seed, columns, about, summary)
+    return Evaluated(subject.name, subject.group, subject.seed, columns, about, summary)
 
 
 def evaluate_run(run: Path, options: Options) -> str:
@@ -197,11 +195,11 @@ def folder_of(run: Path, suite: str) -> Path:
     return run / f"evaluation-{suite}"
 
 
-def read(out: Path) -> report.Evaluated:
+def read(out: Path) -> Evaluated:
     """What :func:`evaluate` left in ``out``; OSError or ValueError where there is nothing whole."""
     columns, about = table.read(out / stream.TABLE)
     content = disk.read_json(out / RESULTS)
-    return report.Evaluated(content["name"], content["group"], content["seed"], columns, about, content["summary"])
+    return Evaluated(content["name"], content["group"], content["seed"], columns, about, content["summary"])
 
 
 def find(place: Path) -> Path:
@@ -212,7 +210,7 @@ def find(place: Path) -> Path:
     raise ValueError(f"{place}: no finished evaluation; make one with: robustfast evaluate {place}")
 
 
-def grouped(models: Sequence[report.Evaluated]) -> list[report.Evaluated]:
+def grouped(models: Sequence[Evaluated]) -> list[Evaluated]:
     """The models with groups in which they differ by their seed alone: others stand by their own name."""
     own = {}
     for group in {model.group for model in models}:
@@ -224,7 +222,7 @@ def grouped(models: Sequence[report.Evaluated]) -> list[report.Evaluated]:
     return [model._replace(group=model.name) if own[model.group] else model for model in models]
 
 
-def write_page(path: Path, models: Sequence[report.Evaluated], source: str, title: str) -> None:
+def write_page(path: Path, models: Sequence[Evaluated], source: str, title: str) -> None:
     """The page about evaluated models, with their worst images."""
     opened = open_source(source, models[0].about["image"][-1])
     models = grouped(models)
@@ -242,7 +240,7 @@ def write_page(path: Path, models: Sequence[report.Evaluated], source: str, titl
     )  # fmt: skip
 
 
-def provenance(models: Sequence[report.Evaluated], source: str) -> dict[str, str]:
+def provenance(models: Sequence[Evaluated], source: str) -> dict[str, str]:
     """What the page says about the origin of its numbers."""
     pixels = np.concatenate([model.columns["pixels"] for model in models[:1]])
     here = environment()
