@@ -60,6 +60,35 @@ def discriminative_loss_backward(
     return gradients(input, num_classes, weight_dtype, bias_dtype, wanted)
 
 
+def class_sums(input: Tensor, target, num_classes, ignore_index) -> Tensor:
+    return input.new_empty((num_classes, input.shape[1] + 1), dtype=wide_dtype(input))
+
+
+def class_pulls(input: Tensor, input_noise, target, centroid: Tensor, *rest) -> tuple[Tensor, ...]:
+    n = input.shape[0]
+    return (
+        input.new_empty(n, dtype=torch.int32),  # slot
+        centroid.new_empty((2, n)),  # pull
+        torch.empty_like(centroid),  # pull_sum
+        centroid.new_empty(2),  # terms
+    )
+
+
+def margin_search(mu: Tensor, *rest) -> tuple[Tensor, Tensor]:
+    rows = mu.shape[0]
+    return mu.new_empty(rows), mu.new_empty(rows, dtype=torch.int32)
+
+
+def finish(mu: Tensor, centroid, pull_sum, counts: Tensor, *rest) -> tuple[Tensor, ...]:
+    return (
+        torch.empty_like(mu),  # mu_grad
+        torch.empty_like(mu),  # boundary_grad
+        torch.empty_like(counts),  # boundary_bias
+        torch.empty_like(counts, dtype=torch.int32),  # winner
+        mu.new_empty(2),  # terms
+    )
+
+
 def add_noise(input: Tensor, *settings) -> Tensor:
     return torch.empty_like(input)
 
@@ -103,6 +132,26 @@ OPS = {
         "int norm, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
         discriminative_loss_backward,
     ),
+    "class_sums": Op(
+        "(Tensor input, Tensor target, SymInt num_classes, int ignore_index) -> Tensor",
+        class_sums,
+    ),
+    "class_pulls": Op(
+        "(Tensor input, Tensor? input_noise, Tensor target, Tensor centroid, Tensor sample_share, float[] settings, "
+        "Tensor? scheduled, int norm, int ignore_index) "
+        "-> (Tensor slot, Tensor pull, Tensor pull_sum, Tensor terms)",
+        class_pulls,
+    ),
+    "margin_search": Op(
+        "(Tensor mu, Tensor weight_c, Tensor? bias_c, Tensor weight, Tensor? bias) -> (Tensor score, Tensor winner)",
+        margin_search,
+    ),
+    "finish": Op(
+        "(Tensor mu, Tensor centroid, Tensor pull_sum, Tensor counts, Tensor tau, Tensor weight_c, Tensor? bias_c, "
+        "Tensor weight_w, Tensor? bias_w, Tensor winner, float[] settings, Tensor? scheduled, int norm) "
+        "-> (Tensor mu_grad, Tensor boundary_grad, Tensor boundary_bias, Tensor winner, Tensor terms)",
+        finish,
+    ),
     "add_noise": Op(f"(Tensor input, int distribution, {_NOISE}) -> Tensor", add_noise),
     "add_noise_out": Op(f"(Tensor input, int distribution, {_NOISE}, Tensor(a!) out) -> ()", no_result),
     "add_noise_backward": Op(f"(Tensor grad, Tensor input, int distribution, {_NOISE}) -> Tensor", add_noise_backward),
@@ -120,6 +169,7 @@ OPS = {
     ),
     "philox_words": Op("(Tensor seed, int sample_id, int draw, int quads) -> Tensor", philox_words),
 }
+STEPS = {"class_sums", "class_pulls", "margin_search", "finish"}  # of the loss
 
 _defined: dict[str, torch.library.Library] = {}  # a library lives as long as this object
 

@@ -168,28 +168,41 @@ def margin(mu: Tensor, weight: Tensor, bias: Tensor | None, groups: Groups, delt
 
     The winner i is found without gradient and its score computed again, so that backward touches two rows of W a class.
     """
-    best, winner = margin_search(mu, weight, bias, groups.classes)
-    found = groups.taken & (best != -math.inf)
+    weight_c, bias_c = rows_of(weight, bias, groups.classes)
+    _, winner = margin_search(mu, weight_c, bias_c, weight, bias)
+    found = groups.taken & (winner >= 0)
     winner = torch.where(found, winner, groups.classes)  # of itself: there all derivatives are 0, whatever the numbers
-    score, _ = boundary(mu, weight, bias, groups.classes, winner)
+    score = boundary(mu, weight_c, bias_c, *rows_of(weight, bias, winner)).score
     return groups.mean(torch.relu(delta_dist + score).masked_fill(~found, 0))
 
 
-def boundary(mu: Tensor, weight: Tensor, bias: Tensor | None, classes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-    """The score of each row's boundary with another class, and whether there is a boundary.
+def rows_of(weight: Tensor, bias: Tensor | None, classes: Tensor) -> tuple[Tensor, Tensor | None]:
+    """W and b of some classes."""
+    return weight[classes], None if bias is None else bias[classes]
 
-    Both come from the differences of the two rows of W, of which nothing cancels, brought to a size whose squares the
-    dtype can hold.
-    """
-    normal = weight[others] - weight[classes]
+
+class Boundary(NamedTuple):
+    """Between the classes c of the rows of a table and another class i of each row."""
+
+    score: Tensor  # (R,), 0 where there is none
+    exists: Tensor  # (R,) bool: W_i and W_c differ
+    normal: Tensor  # (R, D), (W_i - W_c) * scale
+    distance: Tensor  # (R,), ||normal||_2
+    scale: Tensor  # (R,), a power of two that keeps squares in the dtype's range
+
+
+def boundary(mu: Tensor, weight_c: Tensor, bias_c: Tensor | None, weight_i: Tensor, bias_i: Tensor | None) -> Boundary:
+    """The boundaries, from differences of two rows of W, of which nothing cancels."""
+    normal = weight_i - weight_c
     scale = power_of_two(normal.detach().abs().sum(1))
     normal = normal * scale.unsqueeze(1)
     logit = (normal * mu).sum(1)
-    if bias is not None:
-        logit = logit + (bias[others] - bias[classes]) * scale
+    if bias_i is not None and bias_c is not None:
+        logit = logit + (bias_i - bias_c) * scale
     distance = length(normal, 2)
     exists = distance != 0
-    return logit.masked_fill(~exists, 0) / distance.masked_fill(~exists, 1), exists
+    score = logit.masked_fill(~exists, 0) / distance.masked_fill(~exists, 1)
+    return Boundary(score, exists, normal, distance, scale)
 
 
 def power_of_two(size: Tensor) -> Tensor:
@@ -202,23 +215,26 @@ LOOKS = 4  # of the search for a winner where it cannot know whether it has ende
 
 
 @torch.no_grad()
-def margin_search(mu: Tensor, weight: Tensor, bias: Tensor | None, classes: Tensor) -> tuple[Tensor, Tensor]:
-    """The score of the class whose boundary with c scores highest, -inf where there is none; and that class, the lowest
-    on ties.
+def margin_search(
+    mu: Tensor, weight_c: Tensor, bias_c: Tensor | None, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The score of the class whose boundary with c scores highest, -inf where there is none; and that class's row of
+    ``weight``, the lowest on ties, -1 where there is none.
 
-    Class by class in descending order of `score_bounds`, the score is computed from differences, until no bound is
-    left that reaches the best score: the result is that of a look at every pair. On a GPU, which would have to be
-    waited for, and in a compiled graph it is that of ``LOOKS`` looks.
+    ``weight_c`` and ``bias_c`` are those of the rows of mu. Class by class in descending order of `score_bounds`, the
+    score is computed from differences, until no bound is left that reaches the best score: the result is that of a look
+    at every pair. On a GPU, which would have to be waited for, and in a compiled graph it is that of ``LOOKS`` looks.
     """
-    bounds = score_bounds(mu, weight, bias, classes)
+    bounds = score_bounds(mu, weight_c, bias_c, weight, bias)
     columns = torch.arange(weight.shape[0], device=weight.device)
-    best, winner = torch.full_like(bounds[:, 0], -math.inf), classes
-    for _ in range(weight.shape[0] if readable(mu) else LOOKS):
+    best = mu.new_full((mu.shape[0],), -math.inf)
+    winner = torch.full_like(best, -1, dtype=torch.int64)
+    for _ in range(weight.shape[0] if readable(mu) else min(LOOKS, weight.shape[0])):
         bound, other = bounds.max(1)
         possible = (bound != -math.inf) & ~(bound < best) & ~best.isnan()
         if readable(mu) and not possible.any():
             break
-        score, exists = boundary(mu, weight, bias, classes, other)
+        score, exists, *_ = boundary(mu, weight_c, bias_c, *rows_of(weight, bias, other))
         better = (score > best) | score.isnan() | ((score == best) & (other < winner))
         better = better & exists & possible & (score != -math.inf)
         best, winner = torch.where(better, score, best), torch.where(better, other, winner)
@@ -226,30 +242,30 @@ def margin_search(mu: Tensor, weight: Tensor, bias: Tensor | None, classes: Tens
     return best, winner
 
 
-def score_bounds(mu: Tensor, weight: Tensor, bias: Tensor | None, classes: Tensor) -> Tensor:
+def score_bounds(mu: Tensor, weight_c: Tensor, bias_c: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(R, K): what no score of a row with a class exceeds, however the two products of matrices are rounded.
 
     -inf for equal rows of W, between which there is no boundary, and for a class whose bias is -inf.
     """
-    slack = (weight.shape[1] + 16) * torch.finfo(mu.dtype).eps
-    equals = equal_rows(weight)
-    weight = weight - weight.mean(0)  # what all rows share would only be rounded away
-    scale = power_of_two(weight.abs().sum())
-    weight = weight * scale
-    square = weight.square().sum(1)
-    reach = mu.square().sum(1).sqrt().unsqueeze(1) * (square.sqrt() + square.sqrt()[classes].unsqueeze(1))
-    logits = mu @ weight.T
-    if bias is not None:
-        bias = bias * scale
-        logits += bias
-        reach += bias.abs() + bias.abs()[classes].unsqueeze(1)
-    above = logits - logits.gather(1, classes.unsqueeze(1)) + slack * reach
-    both = square + square[classes].unsqueeze(1)
-    distance2 = both - 2 * (weight[classes] @ weight.T)
-    distance2 += slack * torch.where(above > 0, -both, both)
+    rows, slack = weight_c.shape[0], (weight.shape[1] + 16) * torch.finfo(mu.dtype).eps
+    both = torch.cat((weight_c, weight))
+    same_c, same = equal_rows(both).split((rows, both.shape[0] - rows))
+    both = both - weight.mean(0)  # what all rows share would only be rounded away
+    scale = power_of_two(both.abs().sum())
+    weight_c, weight = (both * scale).split((rows, both.shape[0] - rows))
+    square_c, square = weight_c.square().sum(1).unsqueeze(1), weight.square().sum(1)
+    reach = mu.square().sum(1).sqrt().unsqueeze(1) * (square.sqrt() + square_c.sqrt())
+    logits, own_logit = mu @ weight.T, (mu * weight_c).sum(1)
+    if bias is not None and bias_c is not None:
+        bias, bias_c = bias * scale, bias_c * scale
+        logits, own_logit = logits + bias, own_logit + bias_c
+        reach += bias.abs() + bias_c.abs().unsqueeze(1)
+    above = logits - own_logit.unsqueeze(1) + slack * reach
+    squares = square + square_c
+    distance2 = squares - 2 * (weight_c @ weight.T)
+    distance2 += slack * torch.where(above > 0, -squares, squares)
     bounds = above / distance2.clamp(min=torch.finfo(mu.dtype).tiny).sqrt_()
-    none = (equals == equals[classes].unsqueeze(1)) | (logits == -math.inf)
-    return bounds.masked_fill_(none, -math.inf)
+    return bounds.masked_fill_((same_c.unsqueeze(1) == same) | (logits == -math.inf), -math.inf)
 
 
 def equal_rows(weight: Tensor) -> Tensor:

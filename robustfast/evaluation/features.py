@@ -88,7 +88,7 @@ def _wide(input, input_noise, target, weight, bias):
 
 
 def _nearest(points: Tensor, classes: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    score, _ = reference.margin_search(points, weight, bias, classes)
+    score, _ = reference.margin_search(points, *reference.rows_of(weight, bias, classes), weight, bias)
     return -score
 
 

@@ -10,7 +10,7 @@ import functools
 import torch
 import triton
 
-from robustfast.ops import OPS, define
+from robustfast.ops import OPS, STEPS, define
 from robustfast.triton_ops import loss, noise
 
 
@@ -28,7 +28,7 @@ def on_device(launch):
 
 
 library = define("robustfast_triton")
-for name in OPS:
+for name in OPS.keys() - STEPS:  # those are robustfast.steps'
     launcher = getattr(loss if "loss" in name else noise, name)
     if triton.knobs.runtime.interpret:
         library.impl(name, launcher, "CPU")

@@ -1,0 +1,88 @@
+"""The steps of the loss, one after the other, are the loss."""
+
+import pytest
+import torch
+from loss_cases import RELATIVE, assert_close, in_float64, random_case, run
+
+from robustfast import steps
+from robustfast.checks import wide_dtype
+from robustfast.reference import Settings, Terms
+
+
+def composed(tensors, backend, *, norm=2, ignore_index=-100, scheduled=False, **settings):
+    """Loss, terms and gradients as `loss_cases.run` gives them, from the steps with a row for each class."""
+    f, g, target, weight, bias, centroids, seen = tensors
+    s, step = Settings(**settings), steps.of(backend)
+    numbers = ((), torch.tensor(s, dtype=torch.float64)) if scheduled else (s, None)
+    sums = step.class_sums(f, target, weight.shape[0], ignore_index)
+    counts = sums[:, -1]
+    mu = sums[:, :-1] / counts.clamp(min=1).unsqueeze(1)
+    tau = torch.ones_like(counts).masked_fill(seen, 1 - s.momentum)
+    centroid = tau.unsqueeze(1) * mu + (1 - tau).unsqueeze(1) * centroids
+    share = torch.where(counts > 0, 1 / ((counts > 0).sum() * counts), 0)
+    slot, pull, pull_sum, squares = step.class_pulls(f, g, target, centroid, share, *numbers, norm, ignore_index)
+    _, winner = step.margin_search(mu, weight, bias, weight, bias)
+    won = winner.long().clamp(min=0)
+    weight_w, bias_w = weight[won], None if bias is None else bias[won]
+    mu_grad, boundary_grad, boundary_bias, winner, (margin, regularization) = step.finish(
+        mu, centroid, pull_sum, counts, tau, weight, bias, weight_w, bias_w, winner, *numbers, norm
+    )
+    tables, classes = torch.stack((centroid, mu_grad, boundary_grad)), torch.stack((torch.arange(len(winner)), winner))
+    wanted = [True, g is not None, True, bias is not None]
+    grads = step.discriminative_loss_backward(
+        torch.ones((), dtype=mu.dtype), f, g, slot, pull, tables, classes.int(), boundary_bias, weight.shape[0],
+        weight.dtype, weight.dtype if bias is None else bias.dtype, norm, wanted,
+    )  # fmt: skip
+    variance = squares[0] if g is None else squares.mean()
+    loss = s.alpha * variance + s.beta * margin + s.gamma * regularization
+    names = ("grad_input", "grad_input_noise", "grad_weight", "grad_bias")
+    return {
+        **Terms(loss, variance, margin, regularization, *squares)._asdict(),
+        **{name: grad for name, grad, want in zip(names, grads, wanted, strict=True) if want},
+    }
+
+
+def many():
+    """Cases that differ in one thing each."""
+    f, g, target, weight, bias, *state = random_case(dtype=torch.float64)
+    target[target == 3] = 2
+    yield "absent class", (f, g, target, weight, bias, *state), {}
+    yield "norm 1", (f, g, target, weight, bias, *state), dict(norm=1, delta_var=4.0)
+    yield "no noisy view, no bias", (f, None, target, weight, None, *state), {}
+    some = torch.where(torch.arange(50) % 3 == 0, -100, target)
+    yield "ignored", (f.masked_fill((some == -100).unsqueeze(1), torch.nan), g, some, weight, bias, *state), {}
+    yield "another ignore_index", (f, g, target.int(), weight, bias, *state), dict(ignore_index=2)
+    yield "nothing but ignored", (f, g, torch.full_like(target, -100), weight, bias, *state), {}
+    equal = torch.where(torch.arange(7).unsqueeze(1) < 4, weight[0], weight)
+    yield "equal rows", (f, g, target, equal, bias, *state), {}
+    yield "one boundary", (f, g, target, equal[:1].expand(7, -1), bias, *state), {}
+    yield "inactive hinges", (f, g, target, weight, bias, *state), dict(delta_var=3.0, delta_dist=-2.0, gamma=1.0)
+    yield "samples at their centroids", (torch.zeros_like(f), g, target, weight, bias, *state), dict(delta_var=0.0)
+    yield "scheduled", (f, g, target, weight, bias, *state), dict(scheduled=True, alpha=0.5, momentum=0.3)
+    yield "none", (f[:0], g[:0], target[:0], weight, bias, *state), {}
+    yield "more classes than samples", random_case(5, classes=11, dtype=torch.float64), {}
+
+
+CASES = list(many())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES, ids=[name for name, *_ in CASES])
+def test_composed_steps_are_the_loss(case, dtype, backend):
+    _, tensors, keywords = case
+    f, g, target, weight, bias, centroids, seen = tensors
+    features = [None if t is None else t.to(dtype) for t in (f, g)]
+    wide = wide_dtype(features[0])
+    tensors = (*features, target, weight.to(wide), None if bias is None else bias.to(wide), centroids.to(wide), seen)
+    expected = run(in_float64(tensors), "reference", **{k: v for k, v in keywords.items() if k != "scheduled"})
+    actual = composed(tensors, backend, **keywords)
+    assert actual["grad_input"].dtype == dtype and actual["loss"].dtype == wide
+    del expected["centroids"], expected["seen"]
+    for name, value in expected.items():
+        half = torch.finfo(dtype).eps if actual[name].dtype == torch.bfloat16 else 0
+        assert_close(actual, {name: value}, (1e-12 if dtype == torch.float64 else RELATIVE[wide]) + half, 1e-12)
+
+
+def test_wrong_labels_are_named():
+    with pytest.raises(IndexError, match=r"label 7 at position 1 is outside 0\.\.6"):
+        steps.class_sums(torch.zeros(2, 3), torch.tensor([0, 7]), 7, -100)
