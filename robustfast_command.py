@@ -8,10 +8,16 @@ import sys
 def main() -> None:
     try:
         from robustfast.cli import main as run
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except ModuleNotFoundError as error:
-        if error.name != "torch":
-            raise
-        sys.exit("robustfast: PyTorch is not installed; install it with: pip install torch")
+    except (KeyboardInterrupt, ModuleNotFoundError) as error:
+        give_up(error)
+        raise
     run()
+
+
+def give_up(error: BaseException) -> None:
+    """Ends the process with one line if that is why the package could not be imported."""
+    if isinstance(error, KeyboardInterrupt):
+        print("Interrupted.", file=sys.stderr)
+        sys.exit(130)
+    if isinstance(error, ModuleNotFoundError) and error.name == "torch":
+        sys.exit("robustfast: PyTorch is not installed; install it with: pip install torch")

@@ -1,4 +1,4 @@
-from robustfast.cli import main
+from robustfast_command import main
 
 if __name__ == "__main__":
     main()

@@ -339,25 +339,28 @@ def test_the_package_works_without_the_extra_and_the_command_line_names_it():
     assert shown.stderr == "robustfast: typer is not installed; install it with: pip install '.[train]'\n"
 
 
+@pytest.mark.parametrize("start", [("-m", "robustfast"), ("-c", "import robustfast_command as r; r.main()")])
 @pytest.mark.parametrize(
-    ("module", "status", "said"),
+    ("found", "status", "said"),
     [
-        ("None", 1, "robustfast: PyTorch is not installed; install it with: pip install torch\n"),
-        ("KeyboardInterrupt", 130, ""),
+        (
+            "raise ModuleNotFoundError(name=name)",
+            1,
+            "robustfast: PyTorch is not installed; install it with: pip install torch\n",
+        ),
+        ("raise KeyboardInterrupt", 130, "Interrupted.\n"),
     ],
 )
-def test_an_import_that_fails_or_is_interrupted_is_no_traceback(module, status, said):
-    code = (
+def test_an_import_that_fails_or_is_interrupted_is_no_traceback(start, found, status, said, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"
         "class Finder:\n"
         "    def find_spec(name, path, target=None):\n"
-        "        if name == 'torch': raise KeyboardInterrupt\n"
-        f"if {module}: sys.meta_path.insert(0, Finder)\n"
-        "else: sys.modules['torch'] = None\n"
-        "import robustfast_command\n"
-        "robustfast_command.main()"
+        f"        if name == 'torch': {found}\n"
+        "sys.meta_path.insert(0, Finder)\n"
     )
-    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    shown = subprocess.run([sys.executable, *start], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (shown.returncode, shown.stderr) == (status, said)
     assert 'robustfast = "robustfast_command:main"' in (ROOT / "pyproject.toml").read_text()
 

@@ -37,6 +37,16 @@ RF_INLINE Pair transform(uint32_t w0, uint32_t w1, float scale) {
   }
 }
 
+// A value of an image, where bytes stand for 0 to 1.
+template <class Wide, class T>
+RF_INLINE Wide pixel(T x) {
+  return Wide(to_float(x));
+}
+template <class Wide>
+RF_INLINE Wide pixel(uint8_t x) {
+  return Wide(x) * (Wide(1) / 255);
+}
+
 // `scales`, `draws` and `sample_ids` have a number for each sample (of stride 0 one for all), or are null.
 struct Noise {
   Distribution distribution;

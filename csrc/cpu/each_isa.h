@@ -17,48 +17,25 @@
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 
-#define RF_PRAGMA(text) _Pragma(#text)
-#if defined(__clang__)
-#define RF_BEGIN_TARGET(features) \
-  RF_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
-#define RF_END_TARGET RF_PRAGMA(clang attribute pop)
-#else
-#define RF_BEGIN_TARGET(features) RF_PRAGMA(GCC push_options) RF_PRAGMA(GCC target(features))
-#define RF_END_TARGET RF_PRAGMA(GCC pop_options)
-#endif
-
 #if defined(__x86_64__)
+
+#define RF_TARGET_LAMBDA __attribute__((target(RF_TARGET)))
 
 #define RF_ISA avx512
 #define RF_VECTOR_BYTES 64
 #define RF_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"
-#define RF_TARGET_LAMBDA __attribute__((target(RF_TARGET)))
-RF_BEGIN_TARGET(RF_TARGET)
-#include RF_KERNEL
-RF_END_TARGET
-#undef RF_ISA
-#undef RF_VECTOR_BYTES
-#undef RF_TARGET
-#undef RF_TARGET_LAMBDA
+#include "cpu/one_isa.h"
 
 #define RF_ISA avx2
 #define RF_VECTOR_BYTES 32
 #define RF_TARGET "avx2,fma"
-#define RF_TARGET_LAMBDA __attribute__((target(RF_TARGET)))
-RF_BEGIN_TARGET(RF_TARGET)
-#include RF_KERNEL
-RF_END_TARGET
-#undef RF_ISA
-#undef RF_VECTOR_BYTES
-#undef RF_TARGET
+#include "cpu/one_isa.h"
+
 #undef RF_TARGET_LAMBDA
+#define RF_TARGET_LAMBDA
 
 #endif
 
 #define RF_ISA baseline
 #define RF_VECTOR_BYTES 16
-#define RF_TARGET_LAMBDA
 #include RF_KERNEL
-#undef RF_ISA
-#undef RF_VECTOR_BYTES
-#undef RF_TARGET_LAMBDA

@@ -290,18 +290,9 @@ void for_each_piece(const Noise& noise, const Samples& samples, const Body& body
 
 // ---- operands ----
 
-template <class Wide, class T>
-RF_INLINE Wide widen(T x) {
-  return Wide(to_float(x));
-}
-template <class Wide>
-RF_INLINE Wide widen(uint8_t x) {
-  return Wide(x) * (Wide(1) / 255);
-}
-
 template <class T, class Wide>
 void widen(const T* __restrict from, int64_t count, Wide* __restrict to) {
-  for (int64_t i = 0; i < count; ++i) to[i] = widen<Wide>(from[i]);
+  for (int64_t i = 0; i < count; ++i) to[i] = pixel<Wide>(from[i]);
 }
 
 template <class T, class Wide>
@@ -417,7 +408,7 @@ template <class Wide, class T, class Channel>
 void normalize(int64_t count, const float* __restrict noise, Clip<Wide> clip, const T* __restrict x, Channel scale,
                Channel shift, Wide* __restrict clean, Wide* __restrict noisy) {
   for (int64_t i = 0; i < count; ++i) {
-    const Wide image = widen<Wide>(x[i]);
+    const Wide image = pixel<Wide>(x[i]);
     clean[i] = image * scale[i] + shift[i];
     noisy[i] = clip(image + Wide(noise[i])) * scale[i] + shift[i];
   }

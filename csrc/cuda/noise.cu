@@ -103,15 +103,6 @@ RF_DEVICE void quad_noise(uint64_t seed, const SampleNoise& sample, uint32_t qua
   value[0] = first.first, value[1] = first.second, value[2] = second.first, value[3] = second.second;
 }
 
-template <class Wide, class T>
-RF_DEVICE Wide widen(T x) {
-  return Wide(to_float(x));
-}
-template <class Wide>
-RF_DEVICE Wide widen(uint8_t x) {
-  return Wide(x) * (Wide(1) / 255);
-}
-
 // ---- operands ----
 
 template <class Op>
@@ -157,7 +148,7 @@ struct Elements {
       // float_of_byte(x) is 2^23 + x, and what is taken off is exact: x / 255 is rounded once. Conversions are slower.
       return fused(float_of_byte(word, at % 4), 1.0f / 255, -0x1p23f * (1.0f / 255));
     } else {
-      return widen<Wide>(value[at]);
+      return pixel<Wide>(value[at]);
     }
   }
 };
@@ -257,7 +248,7 @@ __global__ void __launch_bounds__(noise_threads, interleaved == 1 && sizeof(type
 
 template <class Wide>
 RF_DEVICE Wide load_any(const Matrix& from, int64_t at) {
-  return visit_image(from.dtype, [&](auto zero) { return widen<Wide>(from.row<decltype(zero)>(0)[at]); });
+  return visit_image(from.dtype, [&](auto zero) { return pixel<Wide>(from.row<decltype(zero)>(0)[at]); });
 }
 
 template <class Wide>

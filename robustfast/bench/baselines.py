@@ -3,6 +3,10 @@
 import torch
 from torch import Tensor
 
+from robustfast.reference import Settings
+
+DEFAULTS = Settings()
+
 
 def loop_loss(
     input: Tensor,
@@ -12,15 +16,10 @@ def loop_loss(
     bias: Tensor,
     centroids: Tensor,
     seen: Tensor,
-    *,
-    delta_var: float = 0.5,
-    delta_dist: float = 3.0,
-    alpha: float = 1.0,
-    beta: float = 1.0,
-    gamma: float = 0.001,
-    momentum: float = 0.99,
+    settings: Settings = DEFAULTS,
 ) -> Tensor:
     """The loss of robustfast.functional.discriminative_loss for norm 2, in a loop over the classes of the batch."""
+    delta_var, delta_dist, alpha, beta, gamma, momentum = settings
     variance = margin = regularization = input.new_zeros(())
     labels = target.unique().tolist()
     for c in labels:

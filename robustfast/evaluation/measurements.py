@@ -42,6 +42,11 @@ def settings(measurement: Any) -> dict[str, Any]:
     return {"kind": type(measurement).__name__, **asdict(measurement)}
 
 
+def columns(name: str, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The columns name/... of a measurement that makes several."""
+    return {f"{name}/{part}": values for part, values in found.items()}
+
+
 @dataclass(frozen=True)
 class Draws:
     """Predictions and scores of ``draws`` perturbed copies: accuracy, survival, flips and calibration."""
@@ -63,7 +68,7 @@ class Draws:
             )
 
         shape = len(images), self.draws
-        columns = {"prediction": torch.zeros(shape, dtype=torch.int32, device=images.device)} | {
+        found = {"prediction": torch.zeros(shape, dtype=torch.int32, device=images.device)} | {
             name: torch.zeros(shape, device=images.device) for name in ("confidence", "nll", "brier")
         }
         with evaluating(model):
@@ -71,8 +76,8 @@ class Draws:
                 model, images, ids, labels, perturbed, range(self.draws), batch_size
             ):
                 for name, values in confidence.scores(logits, labels[place])._asdict().items():
-                    columns[name][place, draw] = values.to(columns[name].dtype)
-        return {f"{self.name}/{name}": column for name, column in columns.items()}
+                    found[name][place, draw] = values.to(found[name].dtype)
+        return columns(self.name, found)
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,7 @@ class Smoothed:
         found = hessian.smoothed_trace(
             model, batch.images, batch.labels, sigma=self.sigma, draws=self.draws, **batch.keys
         )
-        return {f"{self.name}/{name}": values for name, values in found._asdict().items()}
+        return columns(self.name, found._asdict())
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,7 @@ class Bounds:
 
     def __call__(self, model: Any, batch: Batch) -> dict[str, Tensor]:
         found = hessian.theory(model, batch.images, batch.labels, sigma=self.sigma, draws=self.draws, **batch.keys)
-        return {f"{self.name}/{name}": values for name, values in found._asdict().items()}
+        return columns(self.name, found._asdict())
 
 
 @dataclass(frozen=True)
@@ -170,10 +175,11 @@ class Certificates:
         found = certificates.certify(
             model, batch.images[taken], sigma=self.sigma, n0=self.n0, n=self.n, alpha=self.alpha, **keys
         )
-        return {
-            f"{self.name}/{name}": values.new_full((len(batch.ids),), -2).masked_scatter(taken, values)
+        spread = {
+            name: values.new_full((len(batch.ids),), -2).masked_scatter(taken, values)
             for name, values in found._asdict().items()
         }
+        return columns(self.name, spread)
 
 
 @dataclass(frozen=True)
