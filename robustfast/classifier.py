@@ -26,7 +26,7 @@ class RobustClassifier(nn.Module):
 
     ``forward(images)`` gives logits. ``forward(images, labels)`` gives ``{"loss", "logits", "terms"}`` with
 
-        loss = mean cross entropy of the views named + loss_weight * loss(f, g, labels, classifier)
+        loss = cross entropy of the views named + loss_weight * loss(f, g, labels, classifier)
 
     where f and g are the penultimate features of the clean and of the noisy view. DistributedDataParallel, FSDP and
     torch.compile wrap this module and see one forward a step.
@@ -40,14 +40,16 @@ class RobustClassifier(nn.Module):
         sigma: standard deviation of the noise, for pixels in [0, 1].
         mean, pixel_std: the channels' normalisation, which happens here: images come as they are.
         loss_weight: lambda.
-        cross_entropy: of the "clean" view, the "noisy" one, or the mean over "both".
+        cross_entropy: of the "clean" view, the "noisy" one, or of "both".
+        noisy_share: of the noisy view in the cross entropy of both, 0 to 1; the clean one has the rest.
         seed: of the noise, so that sample_ids and draw fix it; None: another of PyTorch's generator at every step.
         concatenate: one pass of the model over both views, one after the other, instead of one each: faster on small
             batches, but BatchNorm then takes its statistics over both.
         backend: of the noise.
 
     Raises:
-        ValueError: the classifier cannot be found in the model, or ``cross_entropy`` is none of the three.
+        ValueError: the classifier cannot be found in the model, ``cross_entropy`` is none of the three, or
+            ``noisy_share`` is out of range.
     """
 
     _mean: Tensor
@@ -65,6 +67,7 @@ class RobustClassifier(nn.Module):
         pixel_std: Sequence[float],
         loss_weight: float = 1.0,
         cross_entropy: str = "clean",
+        noisy_share: float = 0.5,
         seed: int | None = None,
         concatenate: bool = False,
         backend: str = "auto",
@@ -72,11 +75,14 @@ class RobustClassifier(nn.Module):
         super().__init__()
         if cross_entropy not in CROSS_ENTROPIES:
             raise ValueError(f"cross_entropy: expected one of {', '.join(CROSS_ENTROPIES)}, got {cross_entropy!r}")
+        if not 0 <= noisy_share <= 1:
+            raise ValueError(f"noisy_share: expected 0 <= noisy_share <= 1, got {noisy_share!r}")
         self.model, self.loss = model, loss
         self.sigma, self.mean, self.pixel_std = sigma, tuple(mean), tuple(pixel_std)
         for name in ("mean", "pixel_std"):
             self.register_buffer(f"_{name}", torch.tensor(getattr(self, name)).view(-1, 1, 1), persistent=False)
         self.loss_weight, self.cross_entropy, self.seed = loss_weight, cross_entropy, seed
+        self.noisy_share = noisy_share
         self.concatenate, self.backend = concatenate, backend
         self.classifier_name = _find_classifier(model, classifier)
         self._asks_timm = all(hasattr(model, name) for name in ("forward_features", "forward_head", "get_classifier"))
@@ -128,7 +134,8 @@ class RobustClassifier(nn.Module):
         used = [view for view in views if self.loss is not None or view in classified]
         passes = dict(zip(used, self._passes([views[view] for view in used]), strict=True))
         logits = [self._logits(passes[view]) for view in classified]
-        total = torch.stack([F.cross_entropy(view, labels) for view in logits]).mean()
+        entropies = [F.cross_entropy(view, labels) for view in logits]
+        total = torch.lerp(entropies[0], entropies[-1], self.noisy_share) if len(entropies) == 2 else entropies[0]
         terms = {"cross_entropy": total.detach()}
         if self.loss is not None:
             value = self.loss(passes["clean"].features, passes["noisy"].features, labels, self.classifier)

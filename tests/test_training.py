@@ -73,30 +73,49 @@ def test_stability_without_noise_has_the_gradient_of_cross_entropy(model, batch)
     torch.testing.assert_close(grads, expected)
 
 
-def test_discriminative_recipe(model, batch):
-    """SPEC's sums, class by class in float64, on first sight of every class."""
+@pytest.mark.parametrize(
+    ("method", "settings", "pulls"),
+    [
+        ("discriminative", {}, ("clean", "clean")),
+        ("discriminative-both", {"noisy_share": 0.3}, ("clean", "clean")),
+        ("discriminative-both", {"noisy_share": 0.0, "alignment": "own"}, ("clean", "own")),
+        ("discriminative", {"alignment": "none"}, ("clean", None)),
+    ],
+)
+def test_discriminative_recipes(model, batch, method, settings, pulls):
+    """SPEC's sums, class by class in float64, on first sight of every class; ``pulls`` names each view's centroid."""
     f, g = (model.features(view).detach().double() for view in batch[:2])
     weight, bias = model.fc.weight.detach().double(), model.fc.bias.detach().double()
     variance = margin = regularization = 0.0
     for c in (0, 2, 3):
         mine = batch.target == c
         mu = f[mine].mean(0)
-        for features in (f, g):
-            variance += ((features[mine] - mu).norm(dim=1) - 0.2).clamp(min=0).square().mean() / 2 / 3
+        for features, pull in zip((f, g), pulls, strict=True):
+            if pull is None:
+                continue
+            center = mu if pull == "clean" else features[mine].mean(0)
+            variance += ((features[mine] - center).norm(dim=1) - 0.2).clamp(min=0).square().mean() / 2 / 3
         scores = [((weight[i] - weight[c]) @ mu + bias[i] - bias[c]) / (weight[i] - weight[c]).norm()
                   for i in range(4) if i != c]  # fmt: skip
         margin += max(2.0 + max(scores), 0) / 3
         regularization += mu.norm() / 3
-    expected = cross_entropy(model, batch.clean, batch.target) + 0.7 * (
-        1.5 * variance + 0.5 * margin + 0.1 * regularization
+    noisy_share = settings.get("noisy_share", 0.0)
+    entropies = [cross_entropy(model, view, batch.target) for view in batch[:2]]
+    expected = (
+        (1 - noisy_share) * entropies[0]
+        + noisy_share * entropies[1]
+        + 0.7 * (1.5 * variance + 0.5 * margin + 0.1 * regularization)
     )
     config = Config(
-        "discriminative", inter_dim=5, loss_weight=0.7, delta_var=0.2, delta_dist=2.0, alpha=1.5, beta=0.5, gamma=0.1
+        method, inter_dim=5, loss_weight=0.7, delta_var=0.2, delta_dist=2.0, alpha=1.5, beta=0.5, gamma=0.1, **settings
     )
     recipe = recipe_of(config, model)
     assert objective(recipe, batch).item() == pytest.approx(float(expected), rel=1e-5)
-    assert recipe.state_dict()["loss.seen"].tolist() == [True, False, True, True]
-    assert recipe.loss.momentum == config.centroid_momentum and recipe.loss.norm == config.norm
+    losses = [module for module in recipe.modules() if isinstance(module, robustfast.DiscriminativeLoss)]
+    assert len(losses) == 1 + (pulls[1] == "own")
+    for loss in losses:
+        assert loss.seen.tolist() == [True, False, True, True]
+        assert loss.momentum == config.centroid_momentum and loss.norm == config.norm
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
@@ -180,9 +199,12 @@ def test_digits_presets_are_what_tuning_found():
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
-        ("method", "magic", "one of normal, noisy, both, stability, discriminative"),
+        ("method", "magic", "one of normal, noisy, both, stability, discriminative, discriminative-both"),
         ("model", "vgg", "one of small, resnet18"),
         ("noise_view", "other", "one of same, independent"),
+        ("alignment", "both", "one of clean, own, none"),
+        ("noisy_share", 1.5, "0 <= noisy_share <= 1"),
+        ("sigma_spread", -0.5, "0 <= sigma_spread <= 1"),
         ("epochs", 0, "at least 1"),
         ("sigma", -0.1, "a finite number >= 0"),
         ("lr", math.nan, "a finite number >= 0"),
@@ -250,6 +272,18 @@ def test_batches_are_the_images_and_the_images_with_noise(tiny):
     other_batches = epoch_views(replace(config, batch_size=5), 2)[2]
     torch.testing.assert_close(noisy, other_batches, atol=1e-5, rtol=0)
     assert (epoch_views(config, 3)[2] - noisy).abs().mean() > 0.05
+
+
+def test_each_image_has_a_sigma_of_its_own(tiny):
+    config = replace(tiny, crop=0, flip=False, sigma_spread=0.5)
+    setup, clean, noisy = epoch_views(config, 2)
+    sigmas = loop.draw_sigmas(config, len(clean), 2, clean.device)
+    assert (sigmas > 0.5 * config.sigma).all() and (sigmas < 1.5 * config.sigma).all() and sigmas.std() > 0
+    expected = robustfast.functional.gaussian_noise(
+        setup.train.pixels / 255, sigmas, seed=stream(config.seed, "noise"), sample_ids=setup.train_ids, draw=2
+    )
+    torch.testing.assert_close(noisy, expected, atol=1e-5, rtol=0)
+    assert not torch.equal(sigmas, loop.draw_sigmas(config, len(clean), 3, clean.device))
 
 
 def test_same_and_independent_views(tiny):

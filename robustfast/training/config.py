@@ -10,9 +10,11 @@ from typing import Any, get_args, get_type_hints
 from robustfast import checks
 from robustfast.reference import Settings
 
-METHODS = ("normal", "noisy", "both", "stability", "discriminative")
+METHODS = ("normal", "noisy", "both", "stability", "discriminative", "discriminative-both")
 MODELS = ("small", "resnet18")
 NOISE_VIEWS = ("same", "independent")
+ALIGNMENTS = ("clean", "own", "none")
+CHOICES = {"method": METHODS, "model": MODELS, "noise_view": NOISE_VIEWS, "alignment": ALIGNMENTS}
 
 
 def _setting(default: Any, help: str) -> Any:
@@ -31,8 +33,15 @@ class Config:
     model: str = _setting("small", f"one of {', '.join(MODELS)}")
     inter_dim: int = _setting(64, "number of penultimate features")
     sigma: float = _setting(0.25, "standard deviation of the training noise, for pixels in [0, 1]")
+    sigma_spread: float = _setting(
+        0.0, "s: the noise of each image has a sigma drawn evenly from sigma * (1 - s) to sigma * (1 + s)"
+    )
     noise_view: str = _setting("same", "augmentation of the noisy view: same as the clean one's, or independent")
+    noisy_share: float = _setting(0.5, "both, discriminative-both: share of the noisy view in the cross entropy")
     loss_weight: float = _setting(1.0, "lambda, the weight of the stability or discriminative loss")
+    alignment: str = _setting(
+        "clean", f"discriminative: whose centroids draw the noisy features, one of {', '.join(ALIGNMENTS)}"
+    )
     delta_var: float = _setting(0.5, "discriminative: distance from the centroid without pull")
     delta_dist: float = _setting(3.0, "discriminative: distance to keep from the decision boundary")
     norm: int = _setting(2, "discriminative: p of the distances to centroids, 1 or 2")
@@ -61,13 +70,15 @@ class Config:
         self._expect_types()
         for name in ("milestones", "test_sigmas"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name, choices in (("method", METHODS), ("model", MODELS), ("noise_view", NOISE_VIEWS)):
+        for name, choices in CHOICES.items():
             self._expect(name, f"one of {', '.join(choices)}", choices.__contains__)
         for name in ("inter_dim", "batch_size", "epochs", "test_draws"):
             self._expect(name, "at least 1", lambda value: value >= 1)
         for name in ("sigma", "loss_weight", "lr", "weight_decay", "crop", "threads"):
             self._expect(name, "a finite number >= 0", lambda value: 0 <= value < math.inf)
         self._expect("momentum", "0 <= momentum < 1", lambda value: 0 <= value < 1)
+        for name in ("noisy_share", "sigma_spread"):
+            self._expect(name, f"0 <= {name} <= 1", lambda value: 0 <= value <= 1)
         self._expect("decay", "0 < decay <= 1", lambda value: 0 < value <= 1)
         self._expect("validation", "0 < validation < 1", lambda value: 0 < value < 1)
         self._expect("seed", "0 <= seed < 2**63", lambda value: 0 <= value < 2**63)

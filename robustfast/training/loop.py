@@ -290,15 +290,15 @@ def batches(setup: Setup, epoch: int) -> Iterator[Batch]:
         draw_placements(count, config.crop, config.flip, generator(config.seed, "places", view, epoch)).to(device)
         for view in ("clean", "noisy")
     )
-    noise_seed = stream(config.seed, "noise")
+    noise_seed, sigma = stream(config.seed, "noise"), draw_sigmas(config, count, epoch, device)
 
     def views(index: Tensor, places: Placements) -> tuple[Tensor, Tensor]:
         pixels = setup.train.pixels[index]
         if config.crop or config.flip:
             pixels = place(pixels, places.take(index), config.crop)
         return noisy_pair(
-            pixels, config.sigma, **setup.normalization, seed=noise_seed, sample_ids=setup.train_ids[index], draw=epoch,
-            backend=config.backend,
+            pixels, sigma[index] if isinstance(sigma, Tensor) else sigma, **setup.normalization, seed=noise_seed,
+            sample_ids=setup.train_ids[index], draw=epoch, backend=config.backend,
         )  # fmt: skip
 
     for index in order.split(config.batch_size):
@@ -306,6 +306,14 @@ def batches(setup: Setup, epoch: int) -> Iterator[Batch]:
         if config.noise_view == "independent":
             _, noisy = views(index, noisy_places)
         yield Batch(clean, noisy, setup.train.labels[index])
+
+
+def draw_sigmas(config: Config, count: int, epoch: int, device: torch.device) -> Tensor | float:
+    """The noise of an epoch: one standard deviation for all, or where ``sigma_spread`` wants it one each, (count,)."""
+    if not config.sigma_spread:
+        return config.sigma
+    even = torch.rand(count, generator=generator(config.seed, "sigma", epoch)).to(device)
+    return config.sigma * (1 + config.sigma_spread * (2 * even - 1))
 
 
 def validate(setup: Setup, model: nn.Module) -> dict[str, float]:
