@@ -145,9 +145,12 @@ def test_a_block_adds_its_shortcut():
     assert len(models.Block(8, 8, 1).shortcut) == 0
 
 
-@pytest.mark.parametrize("size", [(8, 8), (32, 32), (28, 20)])
-def test_small_takes_any_size(size):
-    model = models.build("small", channels=3, inter_dim=7, num_classes=4, seed=0)
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("small", (8, 8)), ("small", (32, 32)), ("small", (28, 20)), ("lenet", (28, 28)), ("lenet", (12, 40))],
+)
+def test_models_take_any_size(name, size):
+    model = models.build(name, channels=3, inter_dim=7, num_classes=4, seed=0)
     images = torch.rand(2, 3, *size)
     torch.testing.assert_close(model(images), model.fc(model.features(images)))
     assert model.features(images).shape == (2, 7)
@@ -160,6 +163,8 @@ def test_images_too_small_for_a_model_are_named(tiny, tmp_path):
     with pytest.raises(ValueError, match=r"^model: small needs images of 2x2 pixels or more, got 5x1$"):
         loop.prepare(config)
     loop.prepare(replace(config, model="resnet18"))
+    with pytest.raises(ValueError, match=r"^model: lenet needs images of 12x12 pixels or more, got 8x8$"):
+        loop.prepare(replace(tiny, model="lenet"))
 
 
 def test_a_seed_fixes_the_weights_and_nothing_else():
@@ -200,7 +205,7 @@ def test_digits_presets_are_what_tuning_found():
     ("name", "value", "expected"),
     [
         ("method", "magic", "one of normal, noisy, both, stability, discriminative, discriminative-both"),
-        ("model", "vgg", "one of small, resnet18"),
+        ("model", "vgg", "one of small, lenet, resnet18"),
         ("noise_view", "other", "one of same, independent"),
         ("alignment", "both", "one of clean, own, none"),
         ("noisy_share", 1.5, "0 <= noisy_share <= 1"),

@@ -184,7 +184,12 @@ class Certificates:
 
 @dataclass(frozen=True)
 class Attack:
-    """Whether the image is classified rightly after a white-box attack and after a black-box search."""
+    """Whether the image is classified rightly after a white-box attack, and what its audit needs of each image.
+
+    ``right`` after the attack, found by asking the model again; ``fewer``: after a quarter of the steps; ``searched``:
+    after the black-box search; ``length`` of the attack's move; ``still``: whether an attack of radius 0 returns the
+    image.
+    """
 
     name: str
     norm: str
@@ -196,12 +201,16 @@ class Attack:
     def __call__(self, model: Any, batch: Batch) -> dict[str, Tensor]:
         images, labels = batch.images, batch.labels
         ball = {"norm": self.norm, "epsilon": self.epsilon, **batch.keys}
-        found = attacks.attack(model, images, labels, steps=self.steps, restarts=self.restarts, **ball)
+        white = {**ball, "steps": self.steps, "restarts": self.restarts}
+        found = attacks.attack(model, images, labels, **white)
+        weaker = attacks.attack(model, images, labels, **{**white, "steps": max(1, self.steps // 4)})
+        unmoved = attacks.attack(model, images, labels, **{**ball, "epsilon": 0.0, "steps": 1})
         box = attacks.random_search(model, images, labels, queries=self.queries, **ball)
         moved = (found - images).double().flatten(1)
         length = moved.abs().amax(1) if self.norm == "linf" else moved.norm(dim=1)
-        return {
-            f"{self.name}/right": attacks.still_right(model, found, labels, batch.batch_size),
-            f"{self.name}/searched": attacks.still_right(model, box, labels, batch.batch_size),
-            f"{self.name}/length": length,
+        columns = {
+            part: attacks.still_right(model, moved, labels, batch.batch_size)
+            for part, moved in (("right", found), ("fewer", weaker), ("searched", box))
         }
+        columns |= {"length": length, "still": (unmoved == images).flatten(1).all(1)}
+        return {f"{self.name}/{part}": column for part, column in columns.items()}

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from robustfast.evaluation import figures
-from robustfast.evaluation.evaluated import Models, corruption_errors, mean_of, mean_std
+from robustfast.evaluation.evaluated import Evaluated, Models, corruption_errors, mean_of, mean_std
 from robustfast.evaluation.features import principal_components
 from robustfast.evaluation.figures import Series
 from robustfast.evaluation.summary import QUARTILES
@@ -152,6 +152,26 @@ def attacks(models: Models) -> Iterator[Part]:
         if series:
             yield figures.lines(series, f"{label} radius ε", "accuracy, %", percent=True,
                                 title=f"Accuracy under attack, {label}")  # fmt: skip
+    head = [
+        "", "right, %", "a quarter of the steps", "next smaller radius", "black-box search", "radius 0: unmoved",
+        "longest move / ε", "no gradient",
+    ]  # fmt: skip
+    rows = [_audited(m, found) for m in models.firsts("attacks") for found in m.summary["attacks"]]
+    yield from _table("Audit of the attacks: what casts doubt on an accuracy is marked", head, rows)
+
+
+def _audited(m: Evaluated, found: Mapping[str, Any]) -> list[Any]:
+    right, unmoved = found["accuracy"], m.summary["without_gradient"]
+    return [
+        f"{m.group}, {found['name']}",
+        _percent(right),
+        {"text": _percent(found["fewer_steps"]), "mark": found["fewer_steps"] < right},
+        {"text": _percent(found["smaller_radius"]), "mark": found["smaller_radius"] < right},
+        {"text": _percent(found["searched"]), "mark": found["searched"] < right},
+        {"text": _percent(found["still"]), "mark": found["still"] < 1},
+        {"text": f"{found['longest'] / found['epsilon']:.3f}", "mark": found["outside"]},
+        {"text": f"{unmoved} of {m.summary['images']}", "mark": unmoved > 0},
+    ]
 
 
 def calibration(models: Models) -> Iterator[Part]:

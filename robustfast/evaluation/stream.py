@@ -20,7 +20,7 @@ from robustfast.evaluation import table
 from robustfast.evaluation.measurements import Batch, Measurement, settings
 from robustfast.evaluation.models import checked_images, checked_labels, evaluating, logits_of
 
-FORMAT = 1
+FORMAT = 2
 TABLE = "images.npz"
 PARTS = "images.parts"
 ABOUT = "about.json"

@@ -57,6 +57,7 @@ def summarise(columns: Columns, about: dict[str, Any], classifier: tuple[Tensor,
         found["certificates"] = _certificates(columns, measurement)
     if "Attack" in kinds:
         found["attacks"], found["warnings"] = _attacks(columns, kinds["Attack"])
+        found["without_gradient"] = _without_gradient(columns)
     if "Features" in kinds and classifier is not None:
         found["features"] = _features(columns, kinds["Features"][0], classifier)
     return found
@@ -173,25 +174,36 @@ def _certificates(columns: Columns, measurement: dict[str, Any]) -> dict[str, An
 
 
 def _attacks(columns: Columns, measurements: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Accuracies under attack, and what casts doubt on them."""
+    """Accuracies under attack with what their audits found, and what casts doubt on them."""
     results, warnings = [], []
-    clean = right_share(columns, "clean").mean()
-    smaller: dict[str, float] = {}
+    smaller = {norm: float(right_share(columns, "clean").mean()) for norm in ("linf", "l2")}
     for m in sorted(measurements, key=lambda m: (m["norm"], m["epsilon"])):
-        right, searched = (float(columns[f"{m['name']}/{part}"].mean()) for part in ("right", "searched"))
-        results.append({**m, "accuracy": right, "searched": searched})
-        if searched < right:
-            warnings.append(f"{m['name']}: gradients may be masked: a black-box search leaves {searched:.1%} right, "
-                            f"the attack {right:.1%}")  # fmt: skip
-        if right > smaller.get(m["norm"], clean):
-            warnings.append(f"{m['name']}: more images are right than at a smaller radius")
-        if columns[f"{m['name']}/length"].max() > m["epsilon"] * (1 + 1e-4) + 1e-6:
-            warnings.append(f"{m['name']}: an attacked image lies outside of the ball")
+        name = m["name"]
+        right, fewer, searched, still = (
+            float(columns[f"{name}/{part}"].mean()) for part in ("right", "fewer", "searched", "still")
+        )
+        longest, before = float(columns[f"{name}/length"].max()), smaller[m["norm"]]
+        results.append({
+            **m, "accuracy": right, "fewer_steps": fewer, "smaller_radius": before, "searched": searched,
+            "still": still, "longest": longest, "outside": longest > m["epsilon"] * (1 + 1e-4) + 1e-6,
+        })  # fmt: skip
+        doubts = {
+            f"gradients may be masked: a black-box search leaves {searched:.1%} right, the attack {right:.1%}":
+                searched < right,
+            f"a quarter of the steps leaves {fewer:.1%} right, the attack {right:.1%}": fewer < right,
+            "more images are right than at a smaller radius": right > before,
+            "an attacked image lies outside of the ball": results[-1]["outside"],
+            f"radius 0 moves {1 - still:.1%} of the images": still < 1,
+        }  # fmt: skip
+        warnings += [f"{name}: {doubt}" for doubt, holds in doubts.items() if holds]
         smaller[m["norm"]] = right
-    unmoved = int((columns["gradient"] == 0).sum()) if "gradient" in columns else 0
-    if unmoved:
+    if unmoved := _without_gradient(columns):
         warnings.append(f"the loss of {unmoved} of {len(columns['id'])} images has no gradient")
     return results, warnings
+
+
+def _without_gradient(columns: Columns) -> int:
+    return int((columns["gradient"] == 0).sum()) if "gradient" in columns else 0
 
 
 def _features(columns: Columns, measurement: dict[str, Any], classifier: tuple[Tensor, Tensor | None]) -> dict:

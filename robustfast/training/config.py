@@ -11,7 +11,7 @@ from robustfast import checks
 from robustfast.reference import Settings
 
 METHODS = ("normal", "noisy", "both", "stability", "discriminative", "discriminative-both")
-MODELS = ("small", "resnet18")
+MODELS = ("small", "lenet", "resnet18")
 NOISE_VIEWS = ("same", "independent")
 ALIGNMENTS = ("clean", "own", "none")
 CHOICES = {"method": METHODS, "model": MODELS, "noise_view": NOISE_VIEWS, "alignment": ALIGNMENTS}

@@ -56,6 +56,21 @@ def small(channels: int, inter_dim: int, num_classes: int) -> Classifier:
     return Classifier(backbone, 64 * 4 * 4, inter_dim, num_classes)
 
 
+def lenet(channels: int, inter_dim: int, num_classes: int) -> Classifier:
+    """LeNet-5's convolutions (LeCun et al. 1998) with ReLU and max pooling, for 28x28 images; others pool to 5x5."""
+    backbone = nn.Sequential(
+        nn.Conv2d(channels, 6, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(6, 16, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.AdaptiveAvgPool2d(5),
+        nn.Flatten(),
+    )
+    return Classifier(backbone, 16 * 5 * 5, inter_dim, num_classes)
+
+
 def resnet18(channels: int, inter_dim: int, num_classes: int) -> Classifier:
     """ResNet-18 (He et al. 2016) for 32x32 images: a 3x3 stem without pooling, and the linear penultimate layer."""
     blocks = [Block(64, 64, 1), Block(64, 64, 1)]
@@ -92,12 +107,13 @@ class Block(nn.Module):
 
 def check_image(name: str, size: Sequence[int]) -> None:
     """ValueError if images of (height, width) are too small for the model of that name."""
-    if name == "small" and min(size) < 2:
-        raise ValueError(f"model: small needs images of 2x2 pixels or more, got {size[0]}x{size[1]}")
+    least = {"small": 2, "lenet": 12}.get(name, 1)
+    if min(size) < least:
+        raise ValueError(f"model: {name} needs images of {least}x{least} pixels or more, got {size[0]}x{size[1]}")
 
 
 def build(name: str, channels: int, inter_dim: int, num_classes: int, seed: int) -> Classifier:
     """The model of that name, its initial weights fixed by the seed; PyTorch's own generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return {"small": small, "resnet18": resnet18}[name](channels, inter_dim, num_classes)
+        return {"small": small, "lenet": lenet, "resnet18": resnet18}[name](channels, inter_dim, num_classes)

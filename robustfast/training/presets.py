@@ -13,6 +13,7 @@ DIGITS: dict[str, dict[str, Any]] = {
     "both": {"lr": 0.02, "weight_decay": 0.0005},
     "stability": {"lr": 0.03, "loss_weight": 0.03},
     "discriminative": {"lr": 0.02, "delta_dist": 3.0, "alpha": 0.3},
+    "discriminative-both": {"lr": 0.02, "alpha": 0.3, "loss_weight": 0.1, "noisy_share": 0.5, "delta_var": 0.5},
 }
 
 # arXiv 2405.18499 and its published code.
