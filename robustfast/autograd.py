@@ -48,13 +48,14 @@ def once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..
 
 
 class DiscriminativeLossFunction(torch.autograd.Function):
-    """(loss, terms): the scalar, and (variance, margin, regularization, compactness, alignment) without gradient."""
+    """(loss, terms): the scalar, and (variance, margin, regularization, compactness, alignment) without gradient.
+
+    ``call`` is (backend, settings, norm, update_state, ignore_index): one argument, as autograd handles each of them.
+    """
 
     @staticmethod
-    def forward(
-        ctx, backend, input, input_noise, target, weight, bias, centroids, seen, settings, scheduled, norm,
-        update_state, ignore_index,
-    ):  # fmt: skip
+    def forward(ctx, input, input_noise, target, weight, bias, centroids, seen, scheduled, call):
+        backend, settings, norm, update_state, ignore_index = call
         loss, terms, *saved = ops(backend).discriminative_loss(
             input, input_noise, target, weight, bias, centroids, seen, settings, scheduled, norm, update_state,
             ignore_index,
@@ -70,17 +71,17 @@ class DiscriminativeLossFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, _):
-        needs = ctx.needs_input_grad
         if grad_loss is None:
-            return (None,) * len(needs)
-        wanted = [needs[1], needs[2], needs[4], needs[5]]
+            return (None,) * 9
+        needs = ctx.needs_input_grad
+        wanted = [needs[0], needs[1], needs[3], needs[4]]
         input, input_noise, weight, bias, *saved = ctx.saved_tensors
         bias_dtype = weight.dtype if bias is None else bias.dtype
         grads = ops(ctx.backend).discriminative_loss_backward(
             grad_loss, input, input_noise, *saved, weight.shape[0], weight.dtype, bias_dtype, ctx.norm, wanted
         )
         grads = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
-        return None, *grads[:2], None, *grads[2:], *(None,) * (len(needs) - 6)
+        return *grads[:2], None, *grads[2:], None, None, None, None
 
 
 class AddNoiseFunction(torch.autograd.Function):

@@ -73,21 +73,30 @@ def resolve(backend: str, device_type: str, op: str) -> str:
         ValueError: there is no backend of that name.
         RuntimeError: the backend asked for by name cannot run here, or not on this device.
     """
+    chosen, reason = _choice(backend, device_type)
+    if reason is None and chosen != "reference" and torch._C._are_functorch_transforms_active():
+        reason = "kernels do not run inside torch.func (vmap, grad, jacrev, ...); take backend='reference' there"
+    if reason is not None:
+        raise RuntimeError(f"backend={backend!r} cannot run {op}: {reason}")
+    return chosen
+
+
+@cache
+def _choice(backend: str, device_type: str) -> tuple[str, str | None]:
+    """The backend that is meant, its ops loaded, or why it cannot run."""
     if backend == "auto":
         usable = (name for name in AUTO.get(device_type, ()) if why_not(name) is None)
         backend = next(usable, "reference")
-    if backend != "reference" and backend not in LIBRARIES:
+    if backend == "reference":
+        return backend, None
+    if backend not in LIBRARIES:
         raise ValueError(f"backend: expected auto, {', '.join((*LIBRARIES, 'reference'))}, got {backend!r}")
     reason = why_not(backend)
-    if reason is None and backend != "reference" and torch._C._are_functorch_transforms_active():
-        reason = "kernels do not run inside torch.func (vmap, grad, jacrev, ...); take backend='reference' there"
-    if reason is None and backend != "reference" and device_type != home(backend):
+    if reason is None and device_type != home(backend):
         reason = f"it runs on {home(backend)} tensors, got {device_type} tensors"
-    if reason is not None:
-        raise RuntimeError(f"backend={backend!r} cannot run {op}: {reason}")
-    if backend != "reference":
+    if reason is None:
         ops(backend)
-    return backend
+    return backend, reason
 
 
 # torch.compiler.assume_constant_result(resolve), which would import the compiler with the package: seconds.

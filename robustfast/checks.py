@@ -83,10 +83,8 @@ def discriminative_loss(input, input_noise, target, weight, bias, centroids, see
         raise ValueError(f"input: expected shape (N, D), got {tuple(input.shape)}")
     n, dim = input.shape
     if input_noise is not None:
-        _dtype("input_noise", input_noise, (input.dtype,))
-        _shape("input_noise", input_noise, (n, dim), input)
-    _dtype("target", target, LABELS)
-    _shape("target", target, (n,), input)
+        _like("input_noise", input_noise, (input.dtype,), (n, dim), input)
+    _like("target", target, LABELS, (n,), input)
     _whole("weight", weight)
     _dtype("weight", weight, FLOATING)
     if weight.dim() != 2 or weight.shape[0] < 2:
@@ -95,16 +93,14 @@ def discriminative_loss(input, input_noise, target, weight, bias, centroids, see
     _shape("weight", weight, (classes, dim), input)
     if bias is not None:
         _whole("bias", bias)
-        _dtype("bias", bias, FLOATING)
-        _shape("bias", bias, (classes,), input)
-    if centroids.dtype != wide_dtype(input) and centroids.dtype in FLOATING:
-        wide, call = wide_dtype(input), "double" if wide_dtype(input) == torch.float64 else "float"
+        _like("bias", bias, FLOATING, (classes,), input)
+    wide = wide_dtype(input)
+    if centroids.dtype != wide and centroids.dtype in FLOATING:
         given = f"got {centroids.dtype} beside {input.dtype} features"
+        call = "double" if wide == torch.float64 else "float"
         raise TypeError(f"centroids: expected {wide}, {given}; call .{call}() on the loss")
-    _dtype("centroids", centroids, (wide_dtype(input),))
-    _shape("centroids", centroids, (classes, dim), input)
-    _dtype("seen", seen, (torch.bool,))
-    _shape("seen", seen, (classes,), input)
+    _like("centroids", centroids, (wide,), (classes, dim), input)
+    _like("seen", seen, (torch.bool,), (classes,), input)
     if not (centroids.is_contiguous() and seen.is_contiguous()):
         raise ValueError("centroids, seen: expected contiguous tensors, which the step can write to")
 
@@ -115,9 +111,10 @@ def loss_settings(settings: Settings, norm: int, ignore_index: int = -100) -> No
     if not 0 <= settings.momentum <= 1:
         raise ValueError(f"momentum: expected a number from 0 to 1, got {settings.momentum!r}")
     compiling = torch.compiler.is_compiling()
-    for name, value in zip(Settings._fields, settings, strict=True):
-        if (not compiling or is_static(value)) and not math.isfinite(value):
-            raise ValueError(f"{name}: expected a finite number, got {value!r}")
+    if compiling or not math.isfinite(sum(settings)):  # one look at all of them, where they have values
+        for name, value in zip(Settings._fields, settings, strict=True):
+            if (not compiling or is_static(value)) and not math.isfinite(value):
+                raise ValueError(f"{name}: expected a finite number, got {value!r}")
     if not isinstance(ignore_index, int) or not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index: expected an int of 64 bits, got {ignore_index!r}")
 
@@ -164,3 +161,12 @@ def _shape(name: str, tensor: Tensor, expected: tuple[int, ...], like: Tensor) -
         raise ValueError(f"{name}: expected shape {tuple(expected)}, got {tuple(tensor.shape)}")
     if tensor.device != like.device:
         raise ValueError(f"{name}: expected a tensor on {like.device}, got one on {tensor.device}")
+
+
+def _like(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...], like: Tensor) -> None:
+    """Both checks at once: of a small batch's step they are a noticeable part."""
+    if not (
+        isinstance(tensor, Tensor) and tensor.dtype in dtypes and tensor.shape == shape and tensor.device == like.device
+    ):
+        _dtype(name, tensor, dtypes)
+        _shape(name, tensor, shape, like)

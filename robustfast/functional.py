@@ -82,9 +82,19 @@ def discriminative_loss(
         IndexError: a label is out of range (CPU; a device assertion on a GPU).
         RuntimeError: the backend asked for is not usable here.
     """
+    settings = Settings(delta_var, delta_dist, alpha, beta, gamma, momentum)
+    loss, terms = loss_and_terms(
+        input, input_noise, target, weight, bias, centroids, seen, settings, norm, update_state, ignore_index, backend
+    )
+    return Terms(loss, *terms)
+
+
+def loss_and_terms(
+    input, input_noise, target, weight, bias, centroids, seen, settings, norm, update_state, ignore_index, backend
+) -> tuple[Tensor, Sequence[Tensor] | Tensor]:
+    """The loss, and the other :class:`Terms`: of kernels as one tensor, since a step that logs none pays for none."""
     target = checks.integer_labels(target)
     checks.discriminative_loss(input, input_noise, target, weight, bias, centroids, seen)
-    settings = Settings(delta_var, delta_dist, alpha, beta, gamma, momentum)
     checks.loss_settings(settings, norm, ignore_index)
     norm = int(norm)
     chosen = resolve(backend, input.device.type, "discriminative_loss")
@@ -96,13 +106,12 @@ def discriminative_loss(
     tensors = (input, input_noise, target, weight, bias, centroids, seen)
     if chosen == "reference":
         checks.labels(target, weight.shape[0], ignore_index)
-        return reference.discriminative_loss(
+        loss, *terms = reference.discriminative_loss(
             *tensors, norm=norm, update_state=moves, ignore_index=ignore_index, **settings._asdict()
         )
-    loss, terms = autograd.DiscriminativeLossFunction.apply(
-        chosen, *tensors, *as_arguments(settings), norm, moves, ignore_index
-    )
-    return Terms(loss, *terms.unbind())
+        return loss, terms
+    values, scheduled = as_arguments(settings)
+    return autograd.DiscriminativeLossFunction.apply(*tensors, scheduled, (chosen, values, norm, moves, ignore_index))
 
 
 def as_arguments(settings: Settings) -> tuple[Sequence[float], Tensor | None]:

@@ -90,26 +90,13 @@ class DiscriminativeLoss(nn.Module):
             group = distributed.resolve(self.process_group)
             if group is not None:
                 input, input_noise, target = distributed.gather_batch(input, input_noise, target, group)
-        terms = functional.discriminative_loss(
-            input,
-            input_noise,
-            target,
-            weight,
-            bias,
-            self.centroids,
-            self.seen,
-            delta_var=self.delta_var,
-            delta_dist=self.delta_dist,
-            norm=self.norm,
-            alpha=self.alpha,
-            beta=self.beta,
-            gamma=self.gamma,
-            momentum=self.momentum,
-            update_state=self.training,
-            ignore_index=self.ignore_index,
-            backend=self.backend,
-        )
-        return terms if self.return_terms else terms.loss
+        settings = Settings(self.delta_var, self.delta_dist, self.alpha, self.beta, self.gamma, self.momentum)
+        state = self._buffers  # which a module looks through slowly
+        loss, terms = functional.loss_and_terms(
+            input, input_noise, target, weight, bias, state["centroids"], state["seen"], settings, self.norm,
+            self.training, self.ignore_index, self.backend,
+        )  # fmt: skip
+        return Terms(loss, *terms) if self.return_terms else loss
 
     def extra_repr(self) -> str:
         return (

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from loss_cases import random_case
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import robustfast
 from robustfast import DiscriminativeLoss
@@ -79,6 +80,25 @@ def test_return_terms(loss, device):
     weighted = terms.variance + terms.margin + 0.5 * terms.regularization
     torch.testing.assert_close(terms.loss.detach(), weighted)
     torch.testing.assert_close(terms.variance, (terms.compactness + terms.alignment) / 2)
+
+
+class Calls(TorchDispatchMode):
+    """The names of the ops that were called."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names = [*getattr(self, "names", ()), function.name().split("::")[1]]
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_calls_nothing_but_the_kernels(loss, device):
+    """At the paper's size a call of any other op would be a noticeable part of it."""
+    if loss.backend == "reference":
+        pytest.skip("it is made of PyTorch's ops")
+    batch = batch_and_head(device)
+    with Calls() as calls:
+        loss(*batch).backward()
+    steps = ["discriminative_loss", "ones_like", "discriminative_loss_backward", "detach"]  # backward()'s own: two
+    assert calls.names == steps
 
 
 def test_autocast(loss, device):
