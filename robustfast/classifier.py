@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from robustfast import distributed
 from robustfast.functional import Terms, noisy_pair
 
+IGNORED = -100  # label that counts nowhere, that of F.cross_entropy
 CROSS_ENTROPIES = {"clean": ("clean",), "noisy": ("noisy",), "both": ("clean", "noisy")}
 
 
@@ -42,6 +44,10 @@ class RobustClassifier(nn.Module):
         loss_weight: lambda.
         cross_entropy: of the "clean" view, the "noisy" one, or of "both".
         noisy_share: of the noisy view in the cross entropy of both, 0 to 1; the clean one has the rest.
+        label_smoothing: of the cross entropy, as in F.cross_entropy.
+        process_group: whose batches count as one for the mean of the cross entropy, as DiscriminativeLoss has it: ranks
+            may then have batches of any sizes. The mean over the ranks' losses, which DistributedDataParallel and FSDP
+            take of the gradients, is the one over all samples. The same as for the loss; not needed for equal batches.
         seed: of the noise, so that sample_ids and draw fix it; None: another of PyTorch's generator at every step.
         concatenate: one pass of the model over both views, one after the other, instead of one each: faster on small
             batches, but BatchNorm then takes its statistics over both.
@@ -68,6 +74,8 @@ class RobustClassifier(nn.Module):
         loss_weight: float = 1.0,
         cross_entropy: str = "clean",
         noisy_share: float = 0.5,
+        label_smoothing: float = 0.0,
+        process_group: Any = False,
         seed: int | None = None,
         concatenate: bool = False,
         backend: str = "auto",
@@ -83,6 +91,7 @@ class RobustClassifier(nn.Module):
             self.register_buffer(f"_{name}", torch.tensor(getattr(self, name)).view(-1, 1, 1), persistent=False)
         self.loss_weight, self.cross_entropy, self.seed = loss_weight, cross_entropy, seed
         self.noisy_share = noisy_share
+        self.label_smoothing, self.process_group = label_smoothing, process_group
         self.concatenate, self.backend = concatenate, backend
         self.classifier_name = _find_classifier(model, classifier)
         self._asks_timm = all(hasattr(model, name) for name in ("forward_features", "forward_head", "get_classifier"))
@@ -134,7 +143,7 @@ class RobustClassifier(nn.Module):
         used = [view for view in views if self.loss is not None or view in classified]
         passes = dict(zip(used, self._passes([views[view] for view in used]), strict=True))
         logits = [self._logits(passes[view]) for view in classified]
-        entropies = [F.cross_entropy(view, labels) for view in logits]
+        entropies = [self._cross_entropy(view, labels) for view in logits]
         total = torch.lerp(entropies[0], entropies[-1], self.noisy_share) if len(entropies) == 2 else entropies[0]
         terms = {"cross_entropy": total.detach()}
         if self.loss is not None:
@@ -165,6 +174,13 @@ class RobustClassifier(nn.Module):
 
     def _logits(self, view: Pass) -> Tensor:
         return self.classifier(view.features) if view.logits is None else view.logits
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        group = distributed.training_group(self)
+        if group is None:
+            return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        values = F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.label_smoothing)
+        return distributed.mean(values, group, counted=labels != IGNORED)
 
     def _keep_features(self, layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         self._features = arguments[0]

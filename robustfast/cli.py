@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import os
 import shlex
 import sys
 import time
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
 import robustfast
-from robustfast import disk
+from robustfast import disk, ranks
 from robustfast.extras import needed
 
 try:
@@ -56,15 +57,21 @@ def main() -> None:
     try:
         app()
     except OSError as error:
-        sys.exit(f"robustfast: {error.filename}: {error.strerror}" if error.filename else f"robustfast: {error}")
+        sys.exit(f"{_name()}: {error.filename}: {error.strerror}" if error.filename else f"{_name()}: {error}")
     except (ValueError, FloatingPointError, ModuleNotFoundError) as error:
-        sys.exit(f"robustfast: {error}")
+        sys.exit(f"{_name()}: {error}")
+
+
+def _name() -> str:
+    """Who says it: under torchrun each rank has errors of its own."""
+    rank = int(os.environ.get("RANK", "0"))
+    return f"robustfast (rank {rank})" if rank else "robustfast"
 
 
 def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: Any) -> None:
     """Those of this package are one line, like errors."""
     ours = Path(robustfast.__file__).parent in Path(filename).parents
-    text = f"robustfast: {message}\n" if ours else warnings.formatwarning(message, category, filename, lineno)
+    text = f"{_name()}: {message}\n" if ours else warnings.formatwarning(message, category, filename, lineno)
     sys.stderr.write(text)
 
 
@@ -84,8 +91,9 @@ def options(
 
 
 def say(text: str) -> None:
-    """Print a line as it is: unwrapped, and with brackets in paths left alone."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    """Print a line as it is, on rank 0: unwrapped, and with brackets in paths left alone."""
+    if ranks.rank() == 0:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
@@ -123,12 +131,19 @@ def train(
     out: Annotated[Path | None, typer.Option(help="folder of the run", show_default="runs/PRESET-METHOD-SEED")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the interrupted run in that folder")] = False,
     overwrite: Annotated[bool, OVERWRITE] = False,
+    timeout: Annotated[float, typer.Option(min=1, help="seconds that a rank of torchrun waits for another")] = 600,
     **changes: Any,
 ) -> None:
     """Train a classifier; options that are not given are those of the preset (defaults: for the default method).
 
-    The folder of the run gets the model of the best epoch on validation images and results.json.
+    The folder of the run gets the model of the best epoch on validation images and results.json. Under torchrun
+    (torchrun --nproc-per-node 2 -m robustfast train ...) the processes share the images of each step.
     """
+    with ranks.joined(timeout):
+        _train(preset, out, resume, overwrite, changes)
+
+
+def _train(preset: str | None, out: Path | None, resume: bool, overwrite: bool, changes: dict[str, Any]) -> None:
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
     if resume and preset and out:
@@ -141,7 +156,7 @@ def train(
         config, done = loop.saved_run(out)
         _unchanged(config, changes, out)
         say(f"Going on after epoch {done} of {config.epochs}, on {config.threads} thread(s) as the run began.")
-    elif not overwrite and files.holds_run(out):
+    elif not overwrite and ranks.first(lambda: files.holds_run(out)):
         raise FileExistsError(
             f"{out} holds a run: --resume goes on with it, --overwrite replaces it, --out names another"
         )
@@ -160,7 +175,8 @@ def train(
     except FloatingPointError as error:
         raise FloatingPointError(f"{error} (--overwrite replaces this run)") from error
     say(f"\n{config.method} on {config.data}: best epoch {results['best_epoch']} of {config.epochs}")
-    console.print(_curve_table(results["test"]))
+    if ranks.rank() == 0:
+        console.print(_curve_table(results["test"]))
     say(f"Results and model: {out}")
 
 
@@ -251,7 +267,7 @@ def _demo_page(out: Path, folders: list[Path], suite: str, workers: int | None, 
 @contextmanager
 def _progress(name: str, total: int, done: int = 0) -> Iterator[Callable[[int, str], None]]:
     """A function of (steps done, text): on a terminal it moves a bar, elsewhere it prints a line."""
-    if not console.is_terminal:
+    if not console.is_terminal or ranks.rank() > 0:
         yield lambda done, text: say(f"{done} of {total}  {text}")
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -108,3 +108,25 @@ def _same_sizes(input: Tensor, input_noise: Tensor | None, group: Any) -> None:
         torch._assert_async((all_ranks == mine).all(), expected)
     elif (all_ranks != mine).any():
         raise ValueError(f"{expected}, got sizes {(all_ranks // 2).tolist()}, noisy views {(all_ranks % 2).tolist()}")
+
+
+def training_group(module: Any) -> Any:
+    """The group of ``module.process_group`` where the module trains; None in eval mode and under no_grad."""
+    return resolve(module.process_group) if module.training and torch.is_grad_enabled() else None
+
+
+def mean(values: Tensor, group: Any, counted: Tensor | None = None) -> Tensor:
+    """This rank's share of the mean of ``values`` (N,) over the batches of a group, whatever their sizes.
+
+    The mean of the shares over the ranks, and of their gradients, which DistributedDataParallel takes, is that mean.
+    Without a group it is the plain mean.
+
+    Args:
+        counted: bool (N,): the samples that count; the values of others are 0.
+    """
+    if group is None:
+        return values.mean()
+    count = torch.tensor(len(values)) if counted is None else counted.sum()
+    count = count.to(values.device, torch.float64)
+    dist.all_reduce(count, group=group)
+    return values.sum() * (dist.get_world_size(group) / count.clamp(min=1)).to(values.dtype)

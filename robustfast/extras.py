@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 @contextmanager
@@ -14,5 +18,14 @@ def needed(extra: str = "train") -> Iterator[None]:
     except ModuleNotFoundError as error:
         module = str(error.name).partition(".")[0]
         package = {"sklearn": "scikit-learn", "PIL": "pillow"}.get(module, module)
-        hint = f"{package} is not installed; install it with: pip install '.[{extra}]'"
+        what = package if extra == package else f"'.[{extra}]'"
+        hint = f"{package} is not installed; install it with: pip install {what}"
         raise ModuleNotFoundError(hint, name=error.name) from error
+
+
+def imported(name: str) -> Any:
+    """What ``package.module:name`` names, where the working directory counts as a place of modules."""
+    module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    return getattr(importlib.import_module(module), attribute)

@@ -232,7 +232,7 @@ def test_a_folder_that_cannot_be_written_is_noticed_first(run_dir, monkeypatch, 
 
 
 def test_an_interruption_before_the_first_epoch_promises_nothing(run_dir, monkeypatch):
-    def interrupted(source):
+    def interrupted(*arguments):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(data, "load", interrupted)

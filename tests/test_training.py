@@ -205,7 +205,13 @@ def test_digits_presets_are_what_tuning_found():
     ("name", "value", "expected"),
     [
         ("method", "magic", "one of normal, noisy, both, stability, discriminative, discriminative-both"),
-        ("model", "vgg", "one of small, lenet, resnet18"),
+        ("model", "vgg", "one of small, lenet, resnet18, timm:NAME or package.module:factory"),
+        ("model", "timm:", "one of small, lenet, resnet18, timm:NAME or package.module:factory"),
+        ("schedule", "linear", "one of step, cosine"),
+        ("amp", "fp8", "one of none, bf16, fp16"),
+        ("ema", 1.0, "0 <= ema < 1"),
+        ("accumulate", 0, "at least 1"),
+        ("crop_area", 0.0, "0 < crop_area <= 1"),
         ("noise_view", "other", "one of same, independent"),
         ("alignment", "both", "one of clean, own, none"),
         ("noisy_share", 1.5, "0 <= noisy_share <= 1"),
@@ -259,7 +265,7 @@ def epoch_views(config, epoch):
     order = torch.randperm(
         len(setup.train_ids), generator=torch.Generator().manual_seed(stream(config.seed, "order", epoch))
     )
-    clean, noisy, target = (torch.cat(part) for part in zip(*loop.batches(setup, epoch), strict=True))
+    clean, noisy, target = (torch.cat(part) for part in zip(*(batch for _, batch in loop.batches(setup, epoch)), strict=True))
     mean, std = (torch.tensor(setup.normalization[key]).view(-1, 1, 1) for key in ("mean", "pixel_std"))
     back = order.argsort()
     assert torch.equal(target[back], setup.train.labels)
@@ -323,8 +329,8 @@ def test_the_best_epoch_is_kept_and_the_test_set_seen_once(tiny, tmp_path, monke
     scores, weights, tested = iter([0.3, 0.9, 0.9, 0.5]), [], []
     setup = loop.prepare(tiny)
 
-    def curve(model, pixels, labels, sigmas, **settings):
-        if torch.equal(labels, setup.test.labels):
+    def curve(model, images, sigmas, **settings):
+        if torch.equal(images.labels, setup.test.labels):
             tested.append(model.fc.weight.clone())
             return [{"sigma": 0.0, "accuracy": 1.0}]
         weights.append(model.fc.weight.detach().clone())

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
-import os
 import platform
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,13 +25,13 @@ from robustfast.evaluation.folders import ImageFolder
 from robustfast.evaluation.models import Normalized
 from robustfast.evaluation.suites import SUITES, suite
 from robustfast.evaluation.summary import summarise
-from robustfast.extras import needed
+from robustfast.extras import imported, needed
 from robustfast.training import data, saved
 from robustfast.training.loop import pick_device
 
 RESULTS = "results.json"
 BATCH = 256  # images read at a time
-NOT_OF_THE_METHOD = ("seed", "device", "backend", "threads")
+NOT_OF_THE_METHOD = ("seed", "device", "backend", "threads", "workers")
 
 
 @dataclass(frozen=True)
@@ -96,10 +93,9 @@ def of_factory(
         ValueError: there is no such factory, it makes no module, or the weights are not the model's.
         OSError: the file cannot be read.
     """
-    module, _, name = factory.partition(":")
-    sys.path.insert(0, os.getcwd())
+    name = factory.partition(":")[2]
     try:
-        make = getattr(importlib.import_module(module), name)
+        make = imported(factory)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"--model {factory}: expected package.module:factory: {error}") from error
     model = make()

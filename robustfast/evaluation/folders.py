@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +16,8 @@ from torch import Tensor
 from robustfast.evaluation.models import positive
 from robustfast.extras import needed
 
-ENDINGS = (".png", ".jpg", ".jpeg")
+FORMATS = {"PNG": (".png",), "JPEG": (".jpg", ".jpeg")}
+ENDINGS = tuple(ending for endings in FORMATS.values() for ending in endings)
 
 
 class ImageFolder:
@@ -26,38 +30,42 @@ class ImageFolder:
         path: the folder.
         size: height and width of the results.
         resize: length of the shorter side before the cut, 8/7 of ``size`` by default, as in 256 and 224.
+        classes: the classes' names, where they are another folder's; those without files here are missing.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it has no images or fewer than 2 classes; or, when it is read, a file is broken.
+        ValueError: it has no images, fewer than 2 classes or others than ``classes``; or, when it is read, a file is
+            broken.
     """
 
-    def __init__(self, path: Path, size: int, resize: int | None = None) -> None:
+    def __init__(
+        self, path: Path, size: int, resize: int | None = None, classes: Sequence[str] | None = None
+    ) -> None:
         positive("size", size)
-        self.size, self.resize = size, resize or round(size * 8 / 7)
+        self.path, self.size, self.resize = path, size, resize or round(size * 8 / 7)
         if self.resize < size:
             raise ValueError(f"resize: expected at least size ({size}), got {resize}")
         if not path.is_dir():
             raise FileNotFoundError(f"{path}: no such folder")
-        self.classes = tuple(sorted(entry.name for entry in path.iterdir() if entry.is_dir()))
+        found = sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
+        self.classes = tuple(classes or found)
         if len(self.classes) < 2:
             raise ValueError(f"{path}: expected a folder for each of at least 2 classes, got {len(self.classes)}")
-        self.files = [
-            (file, label)
-            for label, name in enumerate(self.classes)
-            for file in sorted((path / name).iterdir())
-            if file.suffix.lower() in ENDINGS
-        ]
-        if not self.files:
+        if unknown := sorted(set(found) - set(self.classes)):
+            raise ValueError(f"{path}: classes that train does not have: {', '.join(unknown)}")
+        files = [_image_files(path, name) if name in found else [] for name in self.classes]
+        # Arrays, not lists: worker processes then share them with this one, however many millions there are.
+        self.names = np.array([name for of_class in files for name in of_class])
+        self.labels = np.repeat(np.arange(len(files)), [len(of_class) for of_class in files])
+        if not len(self.names):
             raise ValueError(f"{path}: expected images CLASS/*.png or *.jpg, found none")
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
         """(pixels uint8 (3, size, size), label, id)."""
-        file, label = self.files[index]
-        return self._read(file), label, index
+        return self.middle(self.picture(index)), int(self.labels[index]), index
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Batches (pixels, labels, ids) in the order of the ids."""
@@ -65,19 +73,43 @@ class ImageFolder:
             pixels, labels, ids = zip(*(self[i] for i in range(first, min(first + batch_size, len(self)))), strict=True)
             yield torch.stack(pixels), torch.tensor(labels), torch.tensor(ids)
 
-    def _read(self, file: Path) -> Tensor:
-        with needed("evaluate"):
-            from PIL import Image
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with Image.open(file, formats=["PNG", "JPEG"]) as opened:
-                    image = opened.convert("RGB")
-        except Exception as error:  # Pillow has OSError, SyntaxError, ValueError and more for a broken file
-            raise ValueError(f"{file}: not an image that can be read: {error}") from error
-        scale = self.resize / min(image.size)
-        width, height = (max(self.size, round(side * scale)) for side in image.size)
+    def picture(self, index: int) -> Any:
+        """The image of that id as Pillow's, RGB of its own size."""
+        with opened(self.path / os.fsdecode(self.names[index])) as image:
+            return image.convert("RGB")
+
+    def middle(self, picture: Any) -> Tensor:
+        """The middle of a picture, uint8 (3, size, size)."""
+        scale = self.resize / min(picture.size)
+        width, height = (max(self.size, round(side * scale)) for side in picture.size)
         left, top = (width - self.size) // 2, (height - self.size) // 2
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-        image = image.crop((left, top, left + self.size, top + self.size))
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+        picture = picture.resize((width, height), resample=BILINEAR)
+        return as_tensor(picture.crop((left, top, left + self.size, top + self.size)))
+
+
+BILINEAR = 2  # Pillow's Image.Resampling.BILINEAR, which antialiases
+
+
+def as_tensor(picture: Any) -> Tensor:
+    """uint8 (C, H, W) of Pillow's image, H, W."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[Any]:
+    """Pillow's image of a PNG or JPEG file; whatever is wrong with it is a ValueError naming it."""
+    with needed("evaluate"):
+        from PIL import Image
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file, formats=list(FORMATS)) as image:
+                yield image
+    except Exception as error:  # Pillow has OSError, SyntaxError, ValueError and more for a broken file
+        raise ValueError(f"{file}: not an image that can be read: {error}") from error
+
+
+def _image_files(path: Path, name: str) -> list[bytes]:
+    """Of one class, ``name/file`` as the file system has it."""
+    files = sorted(entry.name for entry in os.scandir(path / name) if entry.name.lower().endswith(ENDINGS))
+    return [os.fsencode(f"{name}/{file}") for file in files]

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from robustfast.evaluation.models import evaluating
 from robustfast.functional import noisy_pair
 
 BATCH = 1024
 
 
-@torch.no_grad()
 def accuracy(
     model: nn.Module,
     pixels: Tensor,
@@ -44,20 +44,12 @@ def accuracy(
     """
     if len(labels) == 0:
         raise ValueError("labels: expected at least one image, got none")
-    draws = draws if sigma > 0 else 1
     ids = torch.arange(len(labels), device=pixels.device)
-    right = torch.zeros((), dtype=torch.int64, device=pixels.device)
-    was_training = model.training
-    model.eval()
-    for draw in range(draws):
-        for batch in ids.split(BATCH):
-            _, noisy = noisy_pair(
-                pixels[batch], sigma, mean=mean, pixel_std=pixel_std, seed=seed, sample_ids=batch, draw=draw,
-                backend=backend,
-            )  # fmt: skip
-            right += (model(noisy).argmax(1) == labels[batch]).sum()
-    model.train(was_training)
-    return int(right) / (draws * len(labels))
+    batches = ((pixels[batch], labels[batch], batch) for batch in ids.split(BATCH))
+    settings = {"mean": mean, "pixel_std": pixel_std, "seed": seed, "draws": draws, "backend": backend,
+                "device": pixels.device}  # fmt: skip
+    (right,) = count_right(model, batches, [sigma], **settings)
+    return right_share(right, sigma, len(labels), draws)
 
 
 def noise_curve(
@@ -70,3 +62,36 @@ def noise_curve(
     return [
         {"sigma": sigma, "accuracy": accuracy(model, pixels, labels, sigma, **settings)} for sigma in (0.0, *sigmas)
     ]
+
+
+@torch.no_grad()
+def count_right(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor, Tensor]],
+    sigmas: Sequence[float],
+    *,
+    device: torch.device,
+    draws: int = 1,
+    **settings: Any,
+) -> Tensor:
+    """How many images the model classifies rightly under each sigma, int64 (S,), draws added up; see :func:`accuracy`.
+
+    Args:
+        batches: (pixels, labels, sample ids), read once.
+        device: of batches, model and result.
+        draws: of the noise; one where sigma is 0.
+        settings: those of :func:`robustfast.functional.noisy_pair`.
+    """
+    right = torch.zeros(len(sigmas), dtype=torch.int64, device=device)
+    with evaluating(model):
+        for pixels, labels, ids in batches:
+            for i, sigma in enumerate(sigmas):
+                for draw in range(draws if sigma > 0 else 1):
+                    _, noisy = noisy_pair(pixels, sigma, **settings, sample_ids=ids, draw=draw)
+                    right[i] += (model(noisy).argmax(1) == labels).sum()
+    return right
+
+
+def right_share(right: Tensor, sigma: float, images: int, draws: int) -> float:
+    """The accuracy of so many right ones, as :func:`count_right` counts them."""
+    return int(right) / ((draws if sigma > 0 else 1) * images)

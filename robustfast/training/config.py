@@ -14,7 +14,17 @@ METHODS = ("normal", "noisy", "both", "stability", "discriminative", "discrimina
 MODELS = ("small", "lenet", "resnet18")
 NOISE_VIEWS = ("same", "independent")
 ALIGNMENTS = ("clean", "own", "none")
-CHOICES = {"method": METHODS, "model": MODELS, "noise_view": NOISE_VIEWS, "alignment": ALIGNMENTS}
+SCHEDULES = ("step", "cosine")
+OPTIMIZERS = ("sgd", "adamw")
+PRECISIONS = ("none", "bf16", "fp16")
+CHOICES = {
+    "method": METHODS,
+    "noise_view": NOISE_VIEWS,
+    "alignment": ALIGNMENTS,
+    "schedule": SCHEDULES,
+    "optimizer": OPTIMIZERS,
+    "amp": PRECISIONS,
+}
 
 
 def _setting(default: Any, help: str) -> Any:
@@ -30,7 +40,9 @@ class Config:
 
     method: str = _setting("discriminative", f"one of {', '.join(METHODS)}")
     data: str = _setting("digits", "digits, npz:FILE, folder:DIR, cifar10:DIR, svhn:DIR or idx:DIR")
-    model: str = _setting("small", f"one of {', '.join(MODELS)}")
+    size: int = _setting(0, "side that folder:DIR's images are resized and cut to, streamed from the disk; 0: as they are")
+    workers: int = _setting(2, "processes of each rank that read streamed images; no result depends on it")
+    model: str = _setting("small", f"{', '.join(MODELS)}, timm:NAME or package.module:factory")
     inter_dim: int = _setting(64, "number of penultimate features")
     sigma: float = _setting(0.25, "standard deviation of the training noise, for pixels in [0, 1]")
     sigma_spread: float = _setting(
@@ -49,14 +61,24 @@ class Config:
     beta: float = _setting(1.0, "discriminative: weight of the margin")
     gamma: float = _setting(0.001, "discriminative: weight of the regularization")
     centroid_momentum: float = _setting(0.99, "discriminative: share of the previous centroid")
+    label_smoothing: float = _setting(0.0, "share of the cross entropy's target that all classes have in common")
     epochs: int = _setting(40, "passes over the training images")
-    batch_size: int = _setting(64, "images in a step")
-    lr: float = _setting(0.03, "learning rate of SGD, before decay")
+    batch_size: int = _setting(64, "images in a step, of all ranks together")
+    accumulate: int = _setting(1, "parts that a step's images go through the model in, one after the other")
+    optimizer: str = _setting("sgd", f"one of {', '.join(OPTIMIZERS)}")
+    lr: float = _setting(0.03, "learning rate, before decay")
     momentum: float = _setting(0.9, "momentum of SGD (Nesterov's)")
-    weight_decay: float = _setting(5e-4, "weight decay of SGD")
+    weight_decay: float = _setting(5e-4, "weight decay")
+    schedule: str = _setting("step", "of the learning rate: step, at the milestones, or cosine, to 0 at the end")
+    warmup: float = _setting(0.0, "epochs in which the learning rate rises to its full value from a hundredth")
     milestones: tuple[int, ...] = _setting((20, 30), "epochs at which the learning rate decays; repeat the option")
     decay: float = _setting(0.2, "factor of the learning rate at each milestone")
+    ema: float = _setting(0.0, "decay of the average of the weights that is evaluated and kept, 0.9999 say; 0 for none")
+    amp: str = _setting("none", f"mixed precision in training: {', '.join(PRECISIONS)}")
+    compile: bool = _setting(False, "train through torch.compile")
+    sync_batchnorm: bool = _setting(False, "statistics of BatchNorm over all ranks; on GPUs")
     crop: int = _setting(0, "random crops after padding by this many black pixels; 0 for none")
+    crop_area: float = _setting(0.08, "streamed images: least share of an image's area in its random crop")
     flip: bool = _setting(False, "mirror every other image at random")
     validation: float = _setting(0.25, "share of the training images held out to choose the best epoch")
     test_sigmas: tuple[float, ...] = _setting((0.15, 0.25, 0.4, 0.6), "noise of the final test; repeat the option")
@@ -72,14 +94,18 @@ class Config:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name, choices in CHOICES.items():
             self._expect(name, f"one of {', '.join(choices)}", choices.__contains__)
-        for name in ("inter_dim", "batch_size", "epochs", "test_draws"):
+        named = f"one of {', '.join(MODELS)}, timm:NAME or package.module:factory"
+        self._expect("model", named, lambda name: name in MODELS or all(name.partition(":")))
+        for name in ("inter_dim", "batch_size", "accumulate", "epochs", "test_draws"):
             self._expect(name, "at least 1", lambda value: value >= 1)
-        for name in ("sigma", "loss_weight", "lr", "weight_decay", "crop", "threads"):
+        for name in ("sigma", "loss_weight", "lr", "weight_decay", "warmup", "crop", "size", "workers", "threads"):
             self._expect(name, "a finite number >= 0", lambda value: 0 <= value < math.inf)
-        self._expect("momentum", "0 <= momentum < 1", lambda value: 0 <= value < 1)
+        for name in ("momentum", "ema", "label_smoothing"):
+            self._expect(name, f"0 <= {name} < 1", lambda value: 0 <= value < 1)
         for name in ("noisy_share", "sigma_spread"):
             self._expect(name, f"0 <= {name} <= 1", lambda value: 0 <= value <= 1)
-        self._expect("decay", "0 < decay <= 1", lambda value: 0 < value <= 1)
+        for name in ("decay", "crop_area"):
+            self._expect(name, f"0 < {name} <= 1", lambda value: 0 < value <= 1)
         self._expect("validation", "0 < validation < 1", lambda value: 0 < value < 1)
         self._expect("seed", "0 <= seed < 2**63", lambda value: 0 <= value < 2**63)
         self._expect("test_sigmas", "finite numbers >= 0", lambda values: all(0 <= v < math.inf for v in values))
@@ -102,8 +128,18 @@ class Config:
         if not holds(value):
             raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
-    def learning_rate(self, epoch: int) -> float:
-        """The learning rate in this epoch, counted from 0: a function of the epoch alone, so it needs no state."""
+    @property
+    def views(self) -> tuple[str, ...]:
+        """The augmentations of an image in a step, by name."""
+        return ("clean", "noisy") if self.noise_view == "independent" else ("clean",)
+
+    def learning_rate(self, epoch: float) -> float:
+        """The learning rate after so many epochs, a fraction within one: a function of that alone needs no state."""
+        if epoch < self.warmup:
+            return self.lr * (0.01 + 0.99 * epoch / self.warmup)
+        if self.schedule == "cosine":
+            done = (epoch - self.warmup) / max(self.epochs - self.warmup, 1e-9)
+            return self.lr * (1 + math.cos(math.pi * min(done, 1.0))) / 2
         return self.lr * self.decay ** sum(epoch >= milestone for milestone in self.milestones)
 
     def as_json(self) -> dict[str, Any]:

@@ -1,30 +1,48 @@
-"""Labelled images from scikit-learn's digits, from an .npz file or from folders of PNG files, all held in memory."""
+"""Labelled images from scikit-learn's digits, from an .npz file or from folders of PNG and JPEG files.
+
+They are held in memory, but for folders whose images are resized: those are streamed (see
+:mod:`robustfast.training.streamed`).
+"""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from robustfast.evaluation.folders import ENDINGS, ImageFolder, opened
+from robustfast.evaluation.noise import BATCH
 from robustfast.extras import needed
 from robustfast.streams import generator
+from robustfast.training.augment import draw_placements, place
 from robustfast.training.checksum import checksum
+from robustfast.training.config import Config
+from robustfast.training.streamed import Files
 
 CHANNELS = (1, 3)  # grey and RGB
 SOURCES = "digits, npz:FILE, folder:DIR, cifar10:DIR, svhn:DIR or idx:DIR"
 
 
 class Images(NamedTuple):
-    """Images and labels: pixels (N, C, H, W), uint8 or float32 in [0, 1]; labels (N,), int64 in 0..K-1."""
+    """Images and labels in memory: pixels (N, C, H, W), uint8 or float32 in [0, 1]; labels (N,), int64 in 0..K-1."""
 
     pixels: Tensor
     labels: Tensor
+
+    @property
+    def image(self) -> tuple[int, ...]:
+        """(C, H, W)."""
+        return tuple(self.pixels.shape[1:])
+
+    @property
+    def block(self) -> int:
+        """How many images are evaluated at a time."""
+        return BATCH
 
     def take(self, index: Tensor) -> Images:
         return Images(self.pixels[index], self.labels[index])
@@ -32,23 +50,48 @@ class Images(NamedTuple):
     def to(self, device: torch.device) -> Images:
         return Images(self.pixels.to(device), self.labels.to(device))
 
+    def hashed(self) -> tuple[Tensor, ...]:
+        """What tells these images from others."""
+        return tuple(self)
+
+    def read(self, parts: Sequence[Tensor]) -> Iterator[Tensor]:
+        """The pixels of each part, int64 positions."""
+        return (self.pixels[part] for part in parts)
+
+    def augmented(self, parts: Sequence[Tensor], config: Config, epoch: int) -> Iterator[list[Tensor]]:
+        """The pixels of each part, as each of ``config.views`` has them in that epoch."""
+        placements = [
+            draw_placements(
+                len(self.labels), config.crop, config.flip, generator(config.seed, "places", view, epoch)
+            ).to(self.pixels.device)
+            for view in config.views
+        ]
+        for part in parts:
+            pixels = self.pixels[part]
+            moved = config.crop or config.flip
+            yield [place(pixels, places.take(part), config.crop) if moved else pixels for places in placements]
+
 
 class DataSet(NamedTuple):
     """A training pool, from which validation is split, a test set, and the names of the classes."""
 
-    train: Images
-    test: Images
+    train: Images | Files
+    test: Images | Files
     classes: tuple[str, ...]
 
     def fingerprint(self) -> str:
-        """A hash of every pixel and label: a run is resumed on the data it began with."""
-        return checksum((*self.train, *self.test))
+        """A hash of every pixel and label, of files their names: a run is resumed on the data it began with."""
+        return checksum((*self.train.hashed(), *self.test.hashed()))
 
 
-def load(source: str) -> DataSet:
+def load(source: str, size: int = 0, workers: int = 0) -> DataSet:
     """The data set that ``digits``, ``npz:FILE``, ``folder:DIR``, ``cifar10:DIR``, ``svhn:DIR`` or ``idx:DIR`` names.
 
-    See :func:`npz`, :func:`folder` and :mod:`robustfast.training.formats`.
+    See :func:`npz`, :func:`folder`, :func:`streamed_folder` and :mod:`robustfast.training.formats`.
+
+    Args:
+        size: of ``folder:DIR``: its images are streamed, resized and cut to this side; 0: held in memory as they are.
+        workers: processes that read streamed images.
 
     Warns:
         UserWarning: classes without training images, and files that are left out.
@@ -58,6 +101,10 @@ def load(source: str) -> DataSet:
         FileNotFoundError: there is no such file or folder.
     """
     kind, _, path = source.partition(":")
+    if size and kind != "folder":
+        raise ValueError(f"size: images are resized of folder:DIR alone, got {size} for {source}")
+    if size and path:
+        return streamed_folder(Path(path), size, workers)
     if source == "digits":
         return digits()
     if kind == "npz" and path:
@@ -164,36 +211,55 @@ def _pixels(name: str, x: np.ndarray) -> Tensor:
 
 
 def folder(path: Path) -> DataSet:
-    """Images ``train/CLASS/*.png`` and ``test/CLASS/*.png``, all of one size.
+    """Images ``train/CLASS/*`` and ``test/CLASS/*``, PNG and JPEG, all of one size; ``val`` where there is no ``test``.
 
     Classes are the folders of ``train``, in alphabetical order. Images are grey where every file is (8 bits or 1),
     else RGB; transparency is dropped. Other files are left out, with a warning.
 
     Raises:
         FileNotFoundError: there is no folder ``train`` or ``test``.
-        ValueError: a folder has no images, a file is no PNG of 8 bits, sizes differ, or test has other classes.
+        ValueError: a folder has no images, a file is no image of 8 bits, sizes differ, or test has other classes.
     """
-    for part in ("train", "test"):
+    places = _parts(path)
+    classes = tuple(sorted(entry.name for entry in places[0].iterdir() if entry.is_dir()))
+    unknown = {entry.name for entry in places[1].iterdir() if entry.is_dir()} - set(classes)
+    if unknown:
+        raise ValueError(f"{places[1]}: classes that train does not have: {', '.join(sorted(unknown))}")
+    parts = [list(_files(part, classes)) for part in places]
+    mode = _common_mode([file for files in parts for file, _ in files])
+    train, test = (_read_files(part, files, mode) for part, files in zip(places, parts, strict=True))
+    return _checked(path, DataSet(train, test, classes))
+
+
+def streamed_folder(path: Path, size: int, workers: int) -> DataSet:
+    """As :func:`folder`, but of files of any size, read when they are needed, as RGB of (size, size).
+
+    Raises:
+        FileNotFoundError: there is no folder ``train`` or ``test``.
+        ValueError: there are no images in one of them, or test has other classes.
+    """
+    train, test = _parts(path)
+    of_train = ImageFolder(train, size)
+    of_test = ImageFolder(test, size, classes=of_train.classes)
+    return _checked(path, DataSet(Files.all_of(of_train, workers), Files.all_of(of_test, workers), of_train.classes))
+
+
+def _parts(path: Path) -> tuple[Path, Path]:
+    test = "val" if (path / "val").is_dir() and not (path / "test").is_dir() else "test"
+    for part in ("train", test):
         if not (path / part).is_dir():
             raise FileNotFoundError(f"{path}: expected folders train and test with a folder for each class, no {part}")
-    classes = tuple(sorted(entry.name for entry in (path / "train").iterdir() if entry.is_dir()))
-    unknown = {entry.name for entry in (path / "test").iterdir() if entry.is_dir()} - set(classes)
-    if unknown:
-        raise ValueError(f"{path / 'test'}: classes that train does not have: {', '.join(sorted(unknown))}")
-    parts = {part: list(_files(path / part, classes)) for part in ("train", "test")}
-    mode = _common_mode([file for files in parts.values() for file, _ in files])
-    train, test = (_read_files(path / part, files, mode) for part, files in parts.items())
-    return _checked(path, DataSet(train, test, classes))
+    return path / "train", path / test
 
 
 def _files(part: Path, classes: tuple[str, ...]) -> Iterator[tuple[Path, int]]:
     for label, name in enumerate(classes):
         entries = sorted((part / name).iterdir()) if (part / name).is_dir() else []
-        found = [entry for entry in entries if entry.suffix == ".png"]
+        found = [entry for entry in entries if entry.suffix.lower() in ENDINGS]
         if not found and part.name == "train":
-            raise ValueError(f"{part / name}: expected images *.png, found none")
+            raise ValueError(f"{part / name}: expected images *.png or *.jpg, found none")
         if left_out := [entry.name for entry in entries if entry not in found]:
-            warnings.warn(f"{part / name}: {_some(left_out)} left out: images are read from *.png alone", stacklevel=2)
+            warnings.warn(f"{part / name}: {_some(left_out)} left out: not named *.png or *.jpg", stacklevel=2)
         yield from ((file, label) for file in found)
 
 
@@ -202,52 +268,42 @@ def _common_mode(files: list[Path]) -> str:
     headers = [_header(file) for file in files]
     for file, (size, _) in zip(files, headers, strict=True):
         if size != headers[0][0]:
-            raise ValueError(f"{file}: expected {headers[0][0]} pixels as in {files[0]}, got {size}")
+            raise ValueError(
+                f"{file}: expected {headers[0][0]} pixels as in {files[0]}, got {size}; with --size they are resized"
+            )
     return "L" if all(mode in ("1", "L") for _, mode in headers) else "RGB"
 
 
 def _header(file: Path) -> tuple[tuple[int, int], str]:
-    """(height, width) and mode of a PNG file of 8 bits or less; Pillow would cut more to 8 without a word."""
-    with _reading(file) as image:
+    """(height, width) and mode of a file of 8 bits or less; Pillow would cut more of a PNG to 8 without a word."""
+    with opened(file) as image:
         width, height = image.size
-        mode = image.mode
+        mode, kind = image.mode, image.format
     with open(file, "rb") as content:
-        depth = content.read(25)[24]
+        depth = content.read(25)[24] if kind == "PNG" else 8
     if depth > 8:
         raise ValueError(f"{file}: expected 8 bits per channel, got {depth}")
     return (height, width), mode
 
 
-@contextmanager
-def _reading(file: Path) -> Iterator[Any]:
-    """An open PNG file; whatever is wrong with it is a ValueError naming it."""
-    with needed():
-        from PIL import Image
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file, formats=["PNG"]) as image:
-                yield image
-    except Exception as error:  # Pillow has OSError, SyntaxError, ValueError and more for a broken file
-        raise ValueError(f"{file}: not an image that can be read: {error}") from error
-
-
 def _read_files(part: Path, files: list[tuple[Path, int]], mode: str) -> Images:
     if not files:
-        raise ValueError(f"{part}: expected images CLASS/*.png, found none")
+        raise ValueError(f"{part}: expected images CLASS/*.png or *.jpg, found none")
     arrays = []
     for file, _ in files:
-        with _reading(file) as image:
+        with opened(file) as image:
             arrays.append(np.asarray(image.convert(mode)))
     return Images(_pixels(str(part), np.stack(arrays)), torch.tensor([label for _, label in files]))
 
 
 def _checked(path: Path, data: DataSet) -> DataSet:
     train, test, classes = data
-    if train.pixels.shape[1:] != test.pixels.shape[1:] or train.pixels.dtype != test.pixels.dtype:
+    if isinstance(train, Images) and isinstance(test, Images) and (
+        train.image != test.image or train.pixels.dtype != test.pixels.dtype
+    ):
         raise ValueError(
             f"{path}: expected test images like the training images, {train.pixels.dtype} "
-            f"{tuple(train.pixels.shape[1:])}, got {test.pixels.dtype} {tuple(test.pixels.shape[1:])}"
+            f"{train.image}, got {test.pixels.dtype} {test.image}"
         )
     if len(classes) < 2:
         raise ValueError(f"{path}: expected at least 2 classes, got {len(classes)}")
@@ -288,3 +344,14 @@ def channel_statistics(pixels: Tensor) -> tuple[tuple[float, ...], tuple[float, 
     channels = pixels.transpose(0, 1).flatten(1)
     stds, means = zip(*(torch.std_mean(channel.double() / scale, correction=0) for channel in channels), strict=True)
     return tuple(map(float, means)), tuple(float(std) or 1.0 for std in stds)
+
+
+def normalization(images: Images | Files) -> dict[str, tuple[float, ...]]:
+    """``mean`` and ``pixel_std`` of each channel over all images in memory, or over 512 of streamed ones."""
+    if isinstance(images, Images):
+        pixels = images.pixels
+    else:
+        some = torch.arange(len(images.labels))[:: -(-len(images.labels) // 512)]
+        pixels = torch.cat(list(images.read(some.split(images.block))))
+    mean, pixel_std = channel_statistics(pixels)
+    return {"mean": mean, "pixel_std": pixel_std}

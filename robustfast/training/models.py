@@ -11,14 +11,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from robustfast.extras import imported, needed
+
 
 class Classifier(nn.Module):
-    """backbone -> linear penultimate layer -> ``fc``; the backbone gives (N, width)."""
+    """backbone -> linear penultimate layer -> ``fc``.
 
-    def __init__(self, backbone: nn.Module, width: int, inter_dim: int, num_classes: int) -> None:
+    Args:
+        backbone: gives (N, width).
+        width: None where the backbone ends with the penultimate layer, and gives (N, inter_dim).
+    """
+
+    def __init__(self, backbone: nn.Module, width: int | None, inter_dim: int, num_classes: int) -> None:
         super().__init__()
         self.backbone = backbone
-        self.penultimate = nn.Linear(width, inter_dim)
+        self.penultimate = nn.Identity() if width is None else nn.Linear(width, inter_dim)
         self.fc = nn.Linear(inter_dim, num_classes)
 
     def features(self, images: Tensor) -> Tensor:
@@ -113,7 +120,37 @@ def check_image(name: str, size: Sequence[int]) -> None:
 
 
 def build(name: str, channels: int, inter_dim: int, num_classes: int, seed: int) -> Classifier:
-    """The model of that name, its initial weights fixed by the seed; PyTorch's own generator is left as it was."""
+    """The model of that name, its initial weights fixed by the seed; PyTorch's own generator is left as it was.
+
+    ``timm:NAME`` and ``package.module:factory`` are asked for a model of ``inter_dim`` outputs: their last layer is the
+    penultimate one.
+
+    Raises:
+        ModuleNotFoundError: timm is not installed.
+        ValueError: there is no such model or factory, or it takes no ``num_classes``.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return {"small": small, "lenet": lenet, "resnet18": resnet18}[name](channels, inter_dim, num_classes)
+        if name in OWN:
+            return OWN[name](channels, inter_dim, num_classes)
+        return Classifier(_made(name, channels, inter_dim), None, inter_dim, num_classes)
+
+
+OWN = {"small": small, "lenet": lenet, "resnet18": resnet18}
+
+
+def _made(name: str, channels: int, outputs: int) -> nn.Module:
+    kind, _, rest = name.partition(":")
+    try:
+        if kind == "timm":
+            with needed("timm"):
+                import timm
+            return timm.create_model(rest, num_classes=outputs, in_chans=channels)
+        model = imported(name)(num_classes=outputs)
+    except (ImportError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, ModuleNotFoundError) and kind == "timm":
+            raise
+        raise ValueError(f"model: {name}: expected package.module:factory of num_classes: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: {name}: expected a torch.nn.Module, got {type(model).__name__}")
+    return model

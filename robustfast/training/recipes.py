@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from robustfast import distributed
 from robustfast.classifier import RobustClassifier
 from robustfast.losses import DiscriminativeLoss
 from robustfast.training.config import Config
@@ -17,10 +18,12 @@ CROSS_ENTROPY = {"noisy": "noisy", "both": "both", "discriminative-both": "both"
 
 
 class Stability(nn.Module):
-    """mean_i ||f_i - g_i||_2, in the signature of DiscriminativeLoss."""
+    """mean_i ||f_i - g_i||_2 over the samples of all ranks, in the signature of DiscriminativeLoss."""
+
+    process_group = "world"
 
     def forward(self, input: Tensor, input_noise: Tensor, target: Tensor, fc: Any) -> Tensor:
-        return torch.linalg.vector_norm(input - input_noise, dim=1).mean()
+        return distributed.mean(torch.linalg.vector_norm(input - input_noise, dim=1), distributed.training_group(self))
 
 
 class OwnCentroids(nn.Module):
@@ -56,6 +59,7 @@ def discriminative_loss(config: Config, num_classes: int) -> DiscriminativeLoss:
         config.gamma,
         config.centroid_momentum,
         backend=config.backend,
+        process_group="world",
     )
 
 
@@ -75,5 +79,7 @@ def build(config: Config, model: Classifier, normalization: dict[str, Any]) -> R
         loss_weight=config.loss_weight,
         cross_entropy=CROSS_ENTROPY.get(config.method, "clean"),
         noisy_share=config.noisy_share,
+        label_smoothing=config.label_smoothing,
+        process_group="world",
         backend=config.backend,
     )

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustfast.evaluation import Normalized, noise_curve
+from robustfast.evaluation import Normalized
 from robustfast.training import data, files, models
 from robustfast.training.config import from_json
-from robustfast.training.loop import pick_backends, pick_device
+from robustfast.training.loop import noise_curve, pick_backends, pick_device
 
 
 class SavedClassifier(Normalized):
@@ -84,8 +84,8 @@ def evaluate(
     pick_backends(backend, place)
     classifier = load_classifier(run, place)
     config = classifier.config
-    _, test, names = data.load(source or config.data)
-    image = tuple(test.pixels.shape[1:])
+    _, test, names = data.load(source or config.data, config.size if source is None else 0, config.workers)
+    image = test.image
     if image != classifier.image or names != classifier.classes:
         raise ValueError(
             f"{source or config.data}: the model takes images {list(classifier.image)} of classes "
@@ -93,4 +93,4 @@ def evaluate(
         )
     settings = {**classifier.normalization, "seed": seed, "draws": draws, "backend": backend}
     sigmas = config.test_sigmas if sigmas is None else sigmas
-    return noise_curve(classifier.model, *test.to(place), sigmas, **settings)
+    return noise_curve(classifier.model, test.to(place), sigmas, device=place, **settings)

@@ -1,0 +1,85 @@
+"""The processes that torchrun starts: which of them this one is, and the little that they do together.
+
+Without a process group there is one rank, and everything here works.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Result = TypeVar("Result")
+
+
+@contextmanager
+def joined(timeout: float = 600.0) -> Iterator[None]:
+    """The process group of torchrun, where this is one of its ranks: gloo, and NCCL for tensors on GPUs.
+
+    Each rank has the GPU of its LOCAL_RANK.
+
+    Args:
+        timeout: seconds after which a rank that waits for another one gives up, with an error.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
+        return
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def count() -> int:
+    """How many ranks there are."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This one's number; rank 0 writes and prints."""
+    return dist.get_rank() if count() > 1 else 0
+
+
+def share(items: Tensor) -> Tensor:
+    """This rank's part of the rows of ``items``; the ranks' parts differ by one row at most."""
+    return items.tensor_split(count())[rank()]
+
+
+def first(function: Callable[[], Result]) -> Result:
+    """What ``function()`` returns or raises on rank 0, on every rank; it is called there alone."""
+    if count() == 1:
+        return function()
+    outcome: list = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = function()
+        except Exception as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def add(tensor: Tensor) -> Tensor:
+    """``tensor``, to which that of every other rank is added in place."""
+    if count() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def as_on_first(module: torch.nn.Module) -> None:
+    """Give the module's buffers the values of rank 0's: BatchNorm's statistics are each rank's own."""
+    if count() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
