@@ -265,7 +265,8 @@ def epoch_views(config, epoch):
     order = torch.randperm(
         len(setup.train_ids), generator=torch.Generator().manual_seed(stream(config.seed, "order", epoch))
     )
-    clean, noisy, target = (torch.cat(part) for part in zip(*(batch for _, batch in loop.batches(setup, epoch)), strict=True))
+    batches = [batch for _, batch in loop.batches(setup, epoch)]
+    clean, noisy, target = (torch.cat(part) for part in zip(*batches, strict=True))
     mean, std = (torch.tensor(setup.normalization[key]).view(-1, 1, 1) for key in ("mean", "pixel_std"))
     back = order.argsort()
     assert torch.equal(target[back], setup.train.labels)

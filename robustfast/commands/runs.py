@@ -26,7 +26,7 @@ from robustfast.evaluation.models import Normalized
 from robustfast.evaluation.suites import SUITES, suite
 from robustfast.evaluation.summary import summarise
 from robustfast.extras import imported, needed
-from robustfast.training import data, saved
+from robustfast.training import Config, data, saved
 from robustfast.training.loop import pick_device
 
 RESULTS = "results.json"
@@ -73,10 +73,15 @@ def of_run(run: Path, options: Options) -> Subject:
     sigma = config.sigma or next((level for level in sigmas if level), 0.06)  # the suite needs some noise to scale with
     return Subject(
         name=run.name, group=config.method, seed=config.seed, model=classifier,
-        source=options.source or config.data, sigma=sigma, sigmas=sigmas,
+        source=options.source or _test_images(config), sigma=sigma, sigmas=sigmas,
         pixel_std=tuple(classifier.normalization["pixel_std"]), classes=classifier.classes, image=classifier.image,
         training={name: value for name, value in config.as_json().items() if name not in NOT_OF_THE_METHOD},
     )  # fmt: skip
+
+
+def _test_images(config: Config) -> str:
+    """Where a run's test images are: streamed as they were in training."""
+    return f"images:{data.train_and_test(Path(config.data.partition(':')[2]))[1]}" if config.size else config.data
 
 
 def of_factory(
@@ -132,7 +137,7 @@ def evaluate(
     Raises:
         ValueError: the data does not fit the model, or ``out`` holds an evaluation of something else.
     """
-    source = open_source(subject.source, options.size)
+    source = open_source(subject.source, subject.image[-1] if subject.image else options.size)
     if subject.image is not None and (source.image, source.classes) != (subject.image, subject.classes):
         raise ValueError(
             f"{subject.source}: the model takes images {list(subject.image)} of classes {list(subject.classes or ())}, "
@@ -284,21 +289,23 @@ def open_source(source: str, size: int) -> Source:
     """The test images of ``images:DIR``, streamed and cut to ``size``, or of what :func:`robustfast.training.data.load`
     takes, held in memory."""
     kind, _, path = source.partition(":")
+    test: data.Images | data.Files
     if kind == "images" and path:
         folder = ImageFolder(Path(path), size)
-        return Source(
-            len(folder), (3, size, size), folder.classes, lambda: folder.batches(BATCH),
-            lambda id_: folder[id_][0].numpy() / 255,
-        )  # fmt: skip
-    _, test, classes = data.load(source)
-    scale = 255 if test.pixels.dtype == torch.uint8 else 1
+        test, classes = data.Files.all_of(folder, workers=0), folder.classes
+    else:
+        _, test, classes = data.load(source)
 
     def batches() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for part in torch.arange(len(test.labels)).split(BATCH):
-            yield test.pixels[part], test.labels[part], part
+        parts = torch.arange(len(test.labels)).split(BATCH)
+        for part, pixels in zip(parts, test.read(parts), strict=True):
+            yield pixels, test.labels[part], part
 
-    image = tuple(test.pixels.shape[1:])
-    return Source(len(test.labels), image, classes, batches, lambda id_: test.pixels[id_].numpy() / scale)
+    def picture(id_: int) -> np.ndarray:
+        (pixels,) = next(test.read([torch.tensor([id_])]))
+        return pixels.numpy() / (255 if pixels.dtype == torch.uint8 else 1)
+
+    return Source(len(test.labels), test.image, classes, batches, picture)
 
 
 def _rank() -> int:

@@ -38,9 +38,7 @@ class ImageFolder:
             broken.
     """
 
-    def __init__(
-        self, path: Path, size: int, resize: int | None = None, classes: Sequence[str] | None = None
-    ) -> None:
+    def __init__(self, path: Path, size: int, resize: int | None = None, classes: Sequence[str] | None = None) -> None:
         positive("size", size)
         self.path, self.size, self.resize = path, size, resize or round(size * 8 / 7)
         if self.resize < size:

@@ -46,9 +46,10 @@ def accuracy(
         raise ValueError("labels: expected at least one image, got none")
     ids = torch.arange(len(labels), device=pixels.device)
     batches = ((pixels[batch], labels[batch], batch) for batch in ids.split(BATCH))
-    settings = {"mean": mean, "pixel_std": pixel_std, "seed": seed, "draws": draws, "backend": backend,
-                "device": pixels.device}  # fmt: skip
-    (right,) = count_right(model, batches, [sigma], **settings)
+    (right,) = count_right(
+        model, batches, [sigma], device=pixels.device, draws=draws, mean=mean, pixel_std=pixel_std, seed=seed,
+        backend=backend,
+    )  # fmt: skip
     return right_share(right, sigma, len(labels), draws)
 
 

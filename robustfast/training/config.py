@@ -40,7 +40,7 @@ class Config:
 
     method: str = _setting("discriminative", f"one of {', '.join(METHODS)}")
     data: str = _setting("digits", "digits, npz:FILE, folder:DIR, cifar10:DIR, svhn:DIR or idx:DIR")
-    size: int = _setting(0, "side that folder:DIR's images are resized and cut to, streamed from the disk; 0: as they are")
+    size: int = _setting(0, "side that images of folder:DIR are resized and cut to, streamed from the disk; 0: as is")
     workers: int = _setting(2, "processes of each rank that read streamed images; no result depends on it")
     model: str = _setting("small", f"{', '.join(MODELS)}, timm:NAME or package.module:factory")
     inter_dim: int = _setting(64, "number of penultimate features")

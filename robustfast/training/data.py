@@ -220,7 +220,7 @@ def folder(path: Path) -> DataSet:
         FileNotFoundError: there is no folder ``train`` or ``test``.
         ValueError: a folder has no images, a file is no image of 8 bits, sizes differ, or test has other classes.
     """
-    places = _parts(path)
+    places = train_and_test(path)
     classes = tuple(sorted(entry.name for entry in places[0].iterdir() if entry.is_dir()))
     unknown = {entry.name for entry in places[1].iterdir() if entry.is_dir()} - set(classes)
     if unknown:
@@ -238,13 +238,14 @@ def streamed_folder(path: Path, size: int, workers: int) -> DataSet:
         FileNotFoundError: there is no folder ``train`` or ``test``.
         ValueError: there are no images in one of them, or test has other classes.
     """
-    train, test = _parts(path)
+    train, test = train_and_test(path)
     of_train = ImageFolder(train, size)
     of_test = ImageFolder(test, size, classes=of_train.classes)
     return _checked(path, DataSet(Files.all_of(of_train, workers), Files.all_of(of_test, workers), of_train.classes))
 
 
-def _parts(path: Path) -> tuple[Path, Path]:
+def train_and_test(path: Path) -> tuple[Path, Path]:
+    """The folders of training and of test images; FileNotFoundError where one is missing."""
     test = "val" if (path / "val").is_dir() and not (path / "test").is_dir() else "test"
     for part in ("train", test):
         if not (path / part).is_dir():
@@ -298,8 +299,10 @@ def _read_files(part: Path, files: list[tuple[Path, int]], mode: str) -> Images:
 
 def _checked(path: Path, data: DataSet) -> DataSet:
     train, test, classes = data
-    if isinstance(train, Images) and isinstance(test, Images) and (
-        train.image != test.image or train.pixels.dtype != test.pixels.dtype
+    if (
+        isinstance(train, Images)
+        and isinstance(test, Images)
+        and (train.image != test.image or train.pixels.dtype != test.pixels.dtype)
     ):
         raise ValueError(
             f"{path}: expected test images like the training images, {train.pixels.dtype} "

@@ -46,7 +46,7 @@ class Setup(NamedTuple):
 class Part(NamedTuple):
     """Images, of all ranks, that go through the model at once: a step's, or a part of them with ``accumulate``."""
 
-    index: Tensor  # positions in the training images
+    positions: Tensor  # in the training images
     share: float  # of the step's images
     last: bool  # of the step
 
@@ -222,8 +222,8 @@ def _claim(out: Path, overwrite: bool) -> None:
 def resume(out: Path, on_epoch: Callable[[dict[str, float]], None] | None = None) -> dict[str, Any]:
     """Go on with the run in ``out`` from its last whole epoch, to the bit where it would be uninterrupted.
 
-    Its settings, the number of threads among them, are those it began with; the number of ranks may be another. A finished run is not tested again: its
-    results are returned. See :func:`train` for the rest.
+    Its settings, the number of threads among them, are those it began with; the number of ranks may be another. A
+    finished run is not tested again: its results are returned. See :func:`train` for the rest.
 
     Raises:
         FileNotFoundError: there is no run in ``out``.
@@ -349,8 +349,8 @@ def train_epoch(setup: Setup, run: Run) -> dict[str, float]:
     for part, batch in batches(setup, epoch):
         loss = run.backward(batch, part)
         taken = loss.isfinite() | (not run.scaler.is_enabled())  # the scaler leaves out steps that are not finite
-        total += torch.where(taken, loss, 0) * len(part.index)
-        counted += taken * len(part.index)
+        total += torch.where(taken, loss, 0) * len(part.positions)
+        counted += taken * len(part.positions)
         if part.last:
             run.step(config.learning_rate(epoch + done / steps))
             done += 1
@@ -374,7 +374,7 @@ def batches(setup: Setup, epoch: int) -> Iterator[tuple[Part, Batch]]:
     config = setup.config
     order = torch.randperm(len(setup.train_ids), generator=generator(config.seed, "order", epoch)).to(setup.device)
     parts = [part for step in order.split(config.batch_size) for part in _parts(step, config.accumulate)]
-    shares = [ranks.share(part.index) for part in parts]
+    shares = [ranks.share(part.positions) for part in parts]
     settings = {**setup.normalization, "seed": stream(config.seed, "noise"), "draw": epoch, "backend": config.backend}
     sigma = draw_sigmas(config, len(order), epoch, setup.device)
     for part, mine, views in zip(parts, shares, setup.train.augmented(shares, config, epoch), strict=True):

@@ -64,7 +64,7 @@ class Files(NamedTuple):
         device = self.labels.device
         loader = DataLoader(
             _Cuts(self.folder, cut),
-            batch_sampler=[self.ids[part.cpu()].numpy() for part in parts],
+            batch_sampler=[self.ids[part.cpu()].tolist() for part in parts],
             num_workers=self.workers,
             collate_fn=partial(_together, (views, *self.image)),
             pin_memory=device.type == "cuda",
@@ -81,9 +81,9 @@ class _Cuts(Dataset):
     def __init__(self, folder: ImageFolder, cut: Callable[[Any, int], Tensor]) -> None:
         self.folder, self.cut = folder, cut
 
-    def __getitem__(self, index: Any) -> Tensor | Exception:
+    def __getitem__(self, index: int) -> Tensor | Exception:
         try:
-            return self.cut(self.folder.picture(int(index)), int(index))
+            return self.cut(self.folder.picture(index), index)
         except (ValueError, ModuleNotFoundError) as error:
             return error
 
@@ -116,6 +116,6 @@ def _random_cut(size: int, config: Config, picture: Any, purpose: tuple[object, 
     shape = math.exp((2 * shape - 1) * math.log(4 / 3))
     wide, high = min(math.sqrt(area * shape), width), min(math.sqrt(area / shape), height)
     left, top = across * (width - wide), down * (height - high)
-    cut = picture.resize((size, size), resample=BILINEAR, box=(left, top, min(left + wide, width), min(top + high, height)))
-    pixels = as_tensor(cut)
+    box = (left, top, min(left + wide, width), min(top + high, height))
+    pixels = as_tensor(picture.resize((size, size), resample=BILINEAR, box=box))
     return pixels.flip(2) if config.flip and mirrored < 0.5 else pixels
