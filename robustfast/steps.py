@@ -18,7 +18,7 @@ from robustfast import checks, reference
 from robustfast.backends import ops
 from robustfast.reference import Settings, length
 
-IN_KERNELS: tuple[str, ...] = ()  # backends that have the steps as ops
+IN_KERNELS: tuple[str, ...] = ("cpu",)  # backends that have the steps as ops
 
 
 def of(backend: str) -> Any:

@@ -9,6 +9,8 @@ import torch
 from loss_cases import assert_close, in_float64, random_case, run
 
 from robustfast import backends, functional
+from robustfast.backends import ops
+from robustfast.reference import Settings
 
 pytestmark = pytest.mark.skipif(backends()["cpu"] is not None, reason=str(backends()["cpu"]))
 
@@ -209,3 +211,23 @@ def test_memory_with_200_000_classes():
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 64, f"{float(done.stdout):.0f} MiB beside inputs, gradients and state"
+
+
+def test_steps_give_the_same_bits_with_any_number_of_threads():
+    f, g, target, weight, bias, centroid, _ = random_case(1500, 40, 130, seed=5)
+    target[:1200] = 3
+    step, settings, before = ops("cpu"), list(Settings()), torch.get_num_threads()
+
+    def results():
+        pulls = step.class_pulls(f, g, target, centroid, bias.abs(), settings, None, 2, -100)
+        winners = step.margin_search(centroid[:90], weight[:90], bias[:90], weight[30:], bias[30:])
+        return step.class_sums(f, target, 130, -100), *pulls, *winners
+
+    try:
+        torch.set_num_threads(1)
+        expected = results()
+        for count in (2, 3, 7):
+            torch.set_num_threads(count)
+            assert all(map(torch.equal, results(), expected))
+    finally:
+        torch.set_num_threads(before)

@@ -68,14 +68,14 @@ CASES = list(many())
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES, ids=[name for name, *_ in CASES])
-def test_composed_steps_are_the_loss(case, dtype, backend):
+def test_composed_steps_are_the_loss(case, dtype, every_backend):
     _, tensors, keywords = case
     f, g, target, weight, bias, centroids, seen = tensors
     features = [None if t is None else t.to(dtype) for t in (f, g)]
     wide = wide_dtype(features[0])
     tensors = (*features, target, weight.to(wide), None if bias is None else bias.to(wide), centroids.to(wide), seen)
     expected = run(in_float64(tensors), "reference", **{k: v for k, v in keywords.items() if k != "scheduled"})
-    actual = composed(tensors, backend, **keywords)
+    actual = composed(tensors, every_backend, **keywords)
     assert actual["grad_input"].dtype == dtype and actual["loss"].dtype == wide
     del expected["centroids"], expected["seen"]
     for name, value in expected.items():
@@ -86,3 +86,56 @@ def test_composed_steps_are_the_loss(case, dtype, backend):
 def test_wrong_labels_are_named():
     with pytest.raises(IndexError, match=r"label 7 at position 1 is outside 0\.\.6"):
         steps.class_sums(torch.zeros(2, 3), torch.tensor([0, 7]), 7, -100)
+
+
+def shards(dtype):
+    """Rows of tables with their W_c, b_c, and parts of a classifier: some with these rows, some without, one empty."""
+    mu, _, classes, weight, bias, *_ = random_case(25, 20, 90, dtype=torch.float64, seed=2)
+    weight[60:64], bias[60:64] = weight[:4], bias[:4]  # equal rows far apart; those of `first` win nothing
+    first = torch.cat((torch.arange(4), classes[4:]))
+    wide = wide_dtype(torch.empty(0, dtype=dtype))
+    weight, bias = weight.to(dtype), bias.to(dtype)
+    tensors = [t.to(wide) for t in (mu, weight[first], bias[first])]
+    for begin, end in ((0, 90), (0, 37), (40, 83), (83, 90), (90, 90)):
+        yield (*tensors, weight[begin:end], bias[begin:end])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_search_in_parts_of_a_classifier(dtype, every_backend):
+    for mu, weight_c, bias_c, weight, bias in shards(dtype):
+        score, winner = steps.of(every_backend).margin_search(mu, weight_c, bias_c, weight, bias)
+        expected, at = steps.margin_search(*in_float64((mu, weight_c, bias_c, weight, bias)))
+        assert winner.dtype == torch.int32 and torch.equal(winner, at)
+        torch.testing.assert_close(score.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_lowest_of_equal_winners_and_no_winner_among_equal_rows(every_backend):
+    search = steps.of(every_backend).margin_search
+    weight = torch.zeros(70, 20)
+    weight[torch.arange(5, 70), torch.arange(65) % 20] = 1.0  # the first five are equal, each other one comes thrice
+    mu = torch.eye(20)[:, torch.arange(20).roll(7)]
+    score, winner = search(mu, torch.zeros(20, 20), None, weight, None)
+    assert (score == 1).all() and torch.equal(winner, 5 + mu.argmax(1).int())
+    score, winner = search(mu, weight[:1].expand(20, -1), None, weight[:5], None)
+    assert (score == -torch.inf).all() and (winner == -1).all()
+
+
+def test_more_rows_than_samples(every_backend):
+    """Rows are classes of a whole classifier, of which a rank has few samples or none."""
+    step = steps.of(every_backend)
+    for n in (3, 0):
+        f, g, target, *_ = random_case(n, 20, 50, dtype=torch.float64)
+        generator = torch.Generator().manual_seed(1)
+        centroid = torch.randn(50, 20, generator=generator, dtype=torch.float64)
+        share = torch.rand(50, generator=generator, dtype=torch.float64)
+        arguments = (f, g, target, centroid, share, Settings(delta_var=0.1), None, 2, -100)
+        for actual, expected in zip(step.class_pulls(*arguments), steps.class_pulls(*arguments), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
+        sums = step.class_sums(f, target, 50, -100)
+        torch.testing.assert_close(sums, steps.class_sums(f, target, 50, -100), rtol=1e-14, atol=1e-14)
+        slot, pull, pull_sum, _ = step.class_pulls(*arguments)
+        tables, classes = torch.stack((centroid, pull_sum, pull_sum)), torch.arange(50).expand(2, -1).int().contiguous()
+        arguments = (f.new_ones(()), f, g, slot, pull, tables, classes, share, 50, f.dtype, f.dtype, 2, [True] * 4)
+        grads = step.discriminative_loss_backward(*arguments), steps.discriminative_loss_backward(*arguments)
+        for actual, expected in zip(*grads, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)

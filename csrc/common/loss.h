@@ -17,6 +17,7 @@ struct SettingsOf {
   RF_INLINE SettingsOf<To> as() const {
     return {To(delta_var), To(delta_dist), To(alpha), To(beta), To(gamma), To(momentum)};
   }
+  RF_INLINE F view_weight(bool has_noise) const { return has_noise ? alpha / 2 : alpha; }
 };
 using Settings = SettingsOf<double>;
 constexpr int num_settings = sizeof(Settings) / sizeof(double);

@@ -30,4 +30,12 @@ struct Output {
   }
 };
 
+// Rows of a classifier, one for each row of the tables: those that `index` names, or without one all in turn.
+struct ClassifierRows {
+  Matrix weight, bias;  // (., D), (.,) or null
+  const int32_t* index = nullptr;
+
+  RF_INLINE int64_t at(int64_t row) const { return index ? index[row] : row; }
+};
+
 }  // namespace robustfast

@@ -1,5 +1,5 @@
-// The boundary between two classes, for the kernels of the margin. No include guard: each of them includes this once
-// for each instruction set.
+// The boundary between two classes and what it is made of, for the kernels of the margin. No include guard: each of
+// them includes this once for each instruction set.
 
 namespace robustfast {
 namespace RF_ISA {
@@ -7,6 +7,17 @@ namespace RF_ISA {
 // An integer of the size of F, so that loops over both vectorise.
 template <class F>
 using IntegerOf = std::conditional_t<sizeof(F) == 8, int64_t, int32_t>;
+
+template <class T, class F>
+void widen(const T* x, int64_t dim, F* wide) {
+  for (int64_t d = 0; d < dim; ++d) wide[d] = F(to_float(x[d]));
+}
+
+template <class F>
+F bias_at(const ClassifierRows& rows, int64_t row) {
+  if (!rows.bias) return F(0);
+  return visit(rows.bias.dtype, [&](auto zero) { return F(to_float(*rows.bias.row<decltype(zero)>(rows.at(row)))); });
+}
 
 // ((W_i - W_c) . mu_c + b_i - b_c) / ||W_i - W_c||, and that distance: 0 where the rows are equal.
 template <class F>

@@ -6,21 +6,25 @@
 #include "cpu/loss.h"
 
 namespace robustfast {
-namespace {
+void slots_of_labels(Matrix target, int64_t n, int64_t num_classes, int64_t ignore_index, int32_t* slot) {
+  visit_label(target.dtype, [&](auto zero) {
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t label = *target.row<decltype(zero)>(i);
+      const bool ignored = label == ignore_index;
+      if (!ignored && (label < 0 || label >= num_classes)) {
+        throw std::out_of_range("target: label " + std::to_string(label) + " at position " + std::to_string(i) +
+                                " is outside 0.." + std::to_string(num_classes - 1) + " and is not ignore_index (" +
+                                std::to_string(ignore_index) + ")");
+      }
+      slot[i] = ignored ? -1 : int32_t(label);
+    }
+  });
+}
 
-template <class Label>
-int32_t fill_slots(const Matrix& target, int64_t n, int64_t num_classes, int64_t ignore_index, int32_t* slot,
-                   int32_t* classes) {
+Groups group(int64_t n, int64_t num_classes, int64_t rows, int32_t* slot, int32_t* classes) {
   std::vector<int32_t> row_of(num_classes, -1);
   for (int64_t i = 0; i < n; ++i) {
-    const int64_t label = *target.row<Label>(i);
-    if (label == ignore_index) continue;
-    if (label < 0 || label >= num_classes) {
-      throw std::out_of_range("target: label " + std::to_string(label) + " at position " + std::to_string(i) +
-                              " is outside 0.." + std::to_string(num_classes - 1) + " and is not ignore_index (" +
-                              std::to_string(ignore_index) + ")");
-    }
-    row_of[label] = 0;
+    if (slot[i] >= 0) row_of[slot[i]] = 0;
   }
   int32_t present = 0;
   for (int64_t c = 0; c < num_classes; ++c) {
@@ -28,21 +32,10 @@ int32_t fill_slots(const Matrix& target, int64_t n, int64_t num_classes, int64_t
     classes[present] = int32_t(c);
     row_of[c] = present++;
   }
-  for (int64_t i = 0; i < n; ++i) {
-    const int64_t label = *target.row<Label>(i);
-    slot[i] = label == ignore_index ? -1 : row_of[label];
-  }
-  return present;
-}
-
-}  // namespace
-
-Groups group(Matrix target, int64_t n, int64_t num_classes, int64_t ignore_index, int64_t rows, int32_t* slot,
-             int32_t* classes) {
-  const int32_t present = visit_label(target.dtype, [&](auto zero) {
-    return fill_slots<decltype(zero)>(target, n, num_classes, ignore_index, slot, classes);
-  });
   std::fill(classes + present, classes + rows, -1);
+  for (int64_t i = 0; i < n; ++i) {
+    if (slot[i] >= 0) slot[i] = row_of[slot[i]];
+  }
   return group_by_slot(slot, n, present);
 }
 

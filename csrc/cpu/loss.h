@@ -17,49 +17,83 @@ struct Groups {
   int64_t count(int64_t row) const { return begin[row + 1] - begin[row]; }
 };
 
-// Fills slot (n,) and classes (rows,); gives the classes present. Throws std::out_of_range for a label outside
+// Fills slot (n,) with the samples' labels, -1 for ignored ones. Throws std::out_of_range for a label outside
 // [0, num_classes).
-Groups group(Matrix target, int64_t n, int64_t num_classes, int64_t ignore_index, int64_t rows, int32_t* slot,
-             int32_t* classes);
+void slots_of_labels(Matrix target, int64_t n, int64_t num_classes, int64_t ignore_index, int32_t* slot);
+// Gives each class of the batch a row: `slot` becomes that of labels' rows, classes (rows,) their classes.
+Groups group(int64_t n, int64_t num_classes, int64_t rows, int32_t* slot, int32_t* classes);
 Groups group_by_slot(const int32_t* slot, int64_t n, int64_t rows);
 
-template <class Wide>
-struct Loss {
-  Settings settings;
-  int64_t norm;
-  bool update_state;
-  int64_t n, dim, num_classes;
+// The samples of a batch.
+struct Features {
+  int64_t n, dim;
   const Groups* groups;
-  Matrix input, input_noise, weight, bias;
-  Wide* centroids;
-  bool* seen;
-  Wide* pull;           // (2, n)
-  Wide* centroid;       // (rows, dim)
-  Wide* mu_grad;        // (rows, dim)
-  Wide* boundary_grad;  // (rows, dim); holds mu_c until the margin is done
-  Wide* boundary_bias;  // (rows,)
-  int32_t* classes;     // (rows,)
-  int32_t* winner;      // (rows,)
-
-  int64_t present() const { return groups->rows(); }
+  Matrix input, input_noise;
 };
 
-// variance: mu_c, m_c, state, pull, and in mu_grad what variance and regularization add to d loss / d mu_c.
-// Adds its parts to the terms of all classes, class_term::count of them.
+// sums (rows, dim + 1): of a class's clean features, and n_c; rows without samples are left as they are.
 template <class Wide>
-void variance(const Loss<Wide>& loss, Wide* terms);
+void class_sums(const Features& features, Wide* sums);
+
+// The hinges about given centroids. Rows without samples, and what is not there in `pull`, are left as they are.
+template <class Wide>
+struct ClassPulls {
+  Features features;
+  int64_t norm;
+  Wide delta_var, view_weight;
+  const Wide* centroid;      // (rows, dim)
+  const Wide* sample_share;  // (rows,): 1/(P n_c)
+  Wide* pull;                // (2, n)
+  Wide* pull_sum;            // (rows, dim)
+};
+
+// Adds compactness and alignment to `terms`, class_term::count of them.
+template <class Wide>
+void class_pulls(const ClassPulls<Wide>& pulls, Wide* terms);
+
+// mu_c, m_c and the state.
+template <class Wide>
+struct Centroids {
+  Features features;
+  Wide momentum;
+  bool update_state;
+  Wide* centroids;         // (num_classes, dim)
+  bool* seen;              // (num_classes,)
+  const int32_t* classes;  // (rows,)
+  Wide *mu, *centroid;     // (rows, dim)
+  Wide* tau;               // (rows,)
+};
+
+// Centroids, and the hinges about them as class_pulls has them: at once, since a class's features are in the cache
+// then.
+template <class Wide>
+void variance(const Centroids<Wide>& centroids, const ClassPulls<Wide>& pulls, Wide* terms);
 
 // For each row's class c, the class i whose boundary with c scores highest, the lowest on ties, and its score; -1 and
-// -inf where no row of the weight differs from c's. mu (rows, dim), weight (num_classes, dim), bias (num_classes,) or
-// null, classes, score and winner (rows,).
+// -inf where no row of the weight differs from c's. mu (rows, dim), own: W_c and b_c, weight (num_classes, dim), bias
+// (num_classes,) or null, score and winner (rows,).
 template <class Wide>
-void margin_search(const Wide* mu, const Matrix& weight, const Matrix& bias, const int32_t* classes, int64_t rows,
+void margin_search(const Wide* mu, const ClassifierRows& own, const Matrix& weight, const Matrix& bias, int64_t rows,
                    int64_t dim, int64_t num_classes, Wide* score, int32_t* winner);
 
-// margin: winner, boundary_grad, boundary_bias; completes mu_grad with its part and divides it by n_c.
-// Gives the margin.
+// Regularization and margin, row by row, with what they give to the tables. Rows without samples get zeros.
 template <class Wide>
-Wide margin(const Loss<Wide>& loss);
+struct Finish {
+  Wide delta_dist, beta, gamma;
+  int64_t norm, rows, dim, present;  // P
+  ClassifierRows own, other;         // W_c and b_c, W_w and b_w
+  const Wide* counts;                // (rows,): n_c
+  const Wide* tau;                   // (rows,)
+  const Wide* centroid;              // (rows, dim)
+  Wide* mu_grad;                     // (rows, dim); holds pull_sum before
+  Wide* boundary_grad;               // (rows, dim); holds mu before
+  Wide* boundary_bias;               // (rows,)
+  int32_t* winner;                   // (rows,): of the search; -1 where there is none, then also where the hinge is 0
+};
+
+// Adds margin and regularization to `terms`, class_term::count of them.
+template <class Wide>
+void finish(const Finish<Wide>& finish, Wide* terms);
 
 template <class Wide>
 struct LossBackward {

@@ -1,4 +1,4 @@
-// The margin and its gradients, from the winners that margin_search finds.
+// Regularization and margin with their gradients, from the winners that margin_search finds.
 #ifndef RF_ISA
 
 #define RF_KERNEL "cpu/margin.cpp"
@@ -10,11 +10,11 @@
 namespace robustfast {
 
 template <class Wide>
-Wide margin(const Loss<Wide>& loss) {
-  RF_DISPATCH(margin, loss);
+void finish(const Finish<Wide>& to, Wide* terms) {
+  RF_DISPATCH(finish, to, terms);
 }
-template float margin(const Loss<float>&);
-template double margin(const Loss<double>&);
+template void finish(const Finish<float>&, float*);
+template void finish(const Finish<double>&, double*);
 
 template <class Wide>
 void margin_backward(const LossBackward<Wide>& loss, const Output& grad_weight, const Output& grad_bias) {
@@ -32,53 +32,105 @@ template void margin_backward(const LossBackward<double>&, const Output&, const 
 namespace robustfast {
 namespace RF_ISA {
 
-// From the winner, the gradients of beta/P * (delta_d + score): of W_i in boundary_grad, of b_i in boundary_bias, and
-// that of mu_c is added to mu_grad, which is then shared among the class's samples.
-template <class T, class F>
-void finish_row(const Loss<F>& loss, int64_t row, F score, std::vector<F>& w_c) {
-  const int64_t dim = loss.dim;
-  const int32_t winner = loss.winner[row];
-  F *mu = loss.boundary_grad + row * dim, *mu_grad = loss.mu_grad + row * dim;
-  const F share = F(1) / F(loss.groups->count(row));
-  if (winner < 0) {
-    for (int64_t d = 0; d < dim; ++d) mu_grad[d] *= share;
-    std::fill(mu, mu + dim, F(0));
-    loss.boundary_bias[row] = 0;
-    return;
-  }
-  const T *w_i = loss.weight.template row<T>(winner), *own = loss.weight.template row<T>(loss.classes[row]);
-  for (int64_t d = 0; d < dim; ++d) w_c[d] = F(to_float(own[d]));
-  const F inverse_distance = F(1) / boundary(w_i, w_c.data(), mu, F(0), dim).distance;
-  const F class_share = F(loss.settings.beta) / F(loss.present());
-  for (int64_t d = 0; d < dim; ++d) {
-    const F normal = (F(to_float(w_i[d])) - w_c[d]) * inverse_distance;
-    mu_grad[d] = (mu_grad[d] + class_share * normal) * share;
-    mu[d] = class_share * inverse_distance * (mu[d] - score * normal);
-  }
-  loss.boundary_bias[row] = class_share * inverse_distance;
+template <int norm, class F>
+F length_of(const F* x, int64_t dim) {
+  F total = 0;
+#pragma omp simd reduction(+ : total)
+  for (int64_t d = 0; d < dim; ++d) total += norm_term<norm>(x[d]);
+  return norm == 1 ? total : std::sqrt(total);
 }
+
+// Adds the pull of the regularization to that of the variance, and carries both back to mu_c. mu_grad holds the
+// pull_sum. Gives ||m_c||_p.
+template <int norm, class F>
+F regularize_row(const F* centroid, int64_t dim, F gamma_share, F tau, F* mu_grad) {
+  const F length = length_of<norm>(centroid, dim), to_zero = gamma_share * inverse_length<norm>(length);
+  for (int64_t d = 0; d < dim; ++d) mu_grad[d] = tau * (to_zero * direction<norm>(centroid[d]) - mu_grad[d]);
+  return length;
+}
+
+// One coordinate after the other from W_w - W_c, in both tables.
+template <class T, class F>
+void write_boundary(const T* w_w, const F* w_c, int64_t dim, F score, F inverse_distance, F beta_share, F sample_share,
+                    F* mu_grad, F* boundary_grad) {
+  for (int64_t d = 0; d < dim; ++d) {
+    const F normal = (F(to_float(w_w[d])) - w_c[d]) * inverse_distance;
+    mu_grad[d] = (mu_grad[d] + beta_share * normal) * sample_share;
+    boundary_grad[d] = beta_share * inverse_distance * (boundary_grad[d] - score * normal);
+  }
+}
+
+template <class F>
+struct FinishRow {
+  const Finish<F>& to;
+  std::vector<F> w_c;
+
+  explicit FinishRow(const Finish<F>& to) : to(to), w_c(to.dim) {}
+
+  F* mu_grad(int64_t row) const { return to.mu_grad + row * to.dim; }
+  F* boundary_grad(int64_t row) const { return to.boundary_grad + row * to.dim; }
+
+  // Its part of the terms.
+  void run(int64_t row, F* terms) {
+    if (to.counts[row] == F(0)) return clear(row);
+    const F *centroid = to.centroid + row * to.dim, gamma_share = to.gamma / F(to.present), tau = to.tau[row];
+    terms[class_term::regularization] =
+        (to.norm == 1 ? regularize_row<1>(centroid, to.dim, gamma_share, tau, mu_grad(row))
+                      : regularize_row<2>(centroid, to.dim, gamma_share, tau, mu_grad(row))) /
+        F(to.present);
+    terms[class_term::margin] = to.winner[row] < 0 ? F(0) : settle(row);
+    if (to.winner[row] < 0) leave(row);
+  }
+
+  void clear(int64_t row) const {
+    to.winner[row] = -1;
+    std::fill_n(mu_grad(row), to.dim, F(0));
+    leave(row);
+  }
+
+  // No boundary: mu_grad has all that there is.
+  void leave(int64_t row) const {
+    const F share = F(1) / std::max(F(1), to.counts[row]);
+    F* const grad = mu_grad(row);
+    for (int64_t d = 0; d < to.dim; ++d) grad[d] *= share;
+    std::fill_n(boundary_grad(row), to.dim, F(0));
+    to.boundary_bias[row] = 0;
+  }
+
+  // The boundary with the winner: its hinge, and where that has one its gradient, which mu_grad's samples share.
+  F settle(int64_t row) {
+    visit(to.own.weight.dtype,
+          [&](auto zero) { widen(to.own.weight.template row<decltype(zero)>(to.own.at(row)), to.dim, w_c.data()); });
+    F excess = 0;
+    visit(to.other.weight.dtype, [&](auto zero) {
+      const auto* w_w = to.other.weight.template row<decltype(zero)>(to.other.at(row));
+      const F bias_difference = bias_at<F>(to.other, row) - bias_at<F>(to.own, row);
+      const Boundary<F> found = boundary(w_w, w_c.data(), boundary_grad(row), bias_difference, to.dim);
+      excess = hinge(to.delta_dist + found.score);
+      if (excess == F(0)) return;
+      const F inverse_distance = F(1) / found.distance, beta_share = to.beta / F(to.present);
+      write_boundary(w_w, w_c.data(), to.dim, found.score, inverse_distance, beta_share, F(1) / to.counts[row],
+                     mu_grad(row), boundary_grad(row));
+      to.boundary_bias[row] = beta_share * inverse_distance;
+    });
+    if (excess == F(0)) to.winner[row] = -1;
+    return excess;
+  }
+};
 
 inline int64_t grain(int64_t dim) { return 1 + 32768 / std::max<int64_t>(1, dim); }
 
 template <class Wide>
-Wide margin(const Loss<Wide>& loss) {
-  const int64_t present = loss.present();
-  std::vector<Wide> score(present);
-  margin_search(loss.boundary_grad, loss.weight, loss.bias, loss.classes, present, loss.dim, loss.num_classes,
-                score.data(), loss.winner);
-  Wide total = 0;
-  for (int64_t row = 0; row < present; ++row) {
-    const Wide excess = hinge(Wide(loss.settings.delta_dist) + score[row]);
-    if (excess == Wide(0)) loss.winner[row] = -1;
-    total += excess;
-  }
-  visit(loss.weight.dtype, [&](auto zero) {
-    parallel_for(0, present, grain(loss.dim), [&](int64_t from, int64_t to) {
-      std::vector<Wide> w_c(loss.dim);
-      for (int64_t row = from; row < to; ++row) finish_row<decltype(zero)>(loss, row, score[row], w_c);
-    });
+void finish(const Finish<Wide>& to, Wide* terms) {
+  std::vector<Wide> row_terms(class_term::count * to.rows, Wide(0));
+  parallel_for(0, to.rows, grain(to.dim), [&](int64_t from, int64_t end) {
+    FinishRow<Wide> finish(to);
+    for (int64_t row = from; row < end; ++row) finish.run(row, &row_terms[class_term::count * row]);
   });
-  return total / Wide(std::max<int64_t>(1, present));
+  for (int64_t row = 0; row < to.rows; ++row) {
+    for (int term = 0; term < class_term::count; ++term) terms[term] += row_terms[class_term::count * row + term];
+  }
+  terms[class_term::margin] /= Wide(std::max<int64_t>(1, to.present));
 }
 
 // What one row gives to the gradient of one class.

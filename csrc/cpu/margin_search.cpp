@@ -17,14 +17,14 @@
 namespace robustfast {
 
 template <class Wide>
-void margin_search(const Wide* mu, const Matrix& weight, const Matrix& bias, const int32_t* classes, int64_t rows,
+void margin_search(const Wide* mu, const ClassifierRows& own, const Matrix& weight, const Matrix& bias, int64_t rows,
                    int64_t dim, int64_t num_classes, Wide* score, int32_t* winner) {
-  RF_DISPATCH(margin_search, mu, weight, bias, classes, rows, dim, num_classes, score, winner);
+  RF_DISPATCH(margin_search, mu, own, weight, bias, rows, dim, num_classes, score, winner);
 }
-template void margin_search(const float*, const Matrix&, const Matrix&, const int32_t*, int64_t, int64_t, int64_t,
-                            float*, int32_t*);
-template void margin_search(const double*, const Matrix&, const Matrix&, const int32_t*, int64_t, int64_t, int64_t,
-                            double*, int32_t*);
+template void margin_search(const float*, const ClassifierRows&, const Matrix&, const Matrix&, int64_t, int64_t,
+                            int64_t, float*, int32_t*);
+template void margin_search(const double*, const ClassifierRows&, const Matrix&, const Matrix&, int64_t, int64_t,
+                            int64_t, double*, int32_t*);
 
 }  // namespace robustfast
 
@@ -100,7 +100,7 @@ struct Norms {
 // What the search knows of a row and its class c.
 template <class F>
 struct Row {
-  int32_t c;
+  int32_t c;    // OwnRows::index
   F own_logit;  // W_c . mu_c + b_c
   F mu;         // ||mu_c||, or more
   bool level;   // all its scores are 0
@@ -128,23 +128,49 @@ struct Target {
   }
 };
 
+// W_c and b_c of each row in F; rows that are in F already stay where they are.
+template <class F>
+struct OwnRows {
+  ClassifierRows rows;
+  int64_t dim;
+  std::vector<F> wide;
+
+  OwnRows(const ClassifierRows& rows, int64_t present, int64_t dim) : rows(rows), dim(dim) {
+    visit(rows.weight.dtype, [&](auto zero) {
+      using T = decltype(zero);
+      if constexpr (!std::is_same_v<T, F>) {
+        wide.resize(present * dim);
+        parallel_for(0, present, 1 + 32768 / std::max<int64_t>(1, dim), [&](int64_t from, int64_t to) {
+          for (int64_t row = from; row < to; ++row) {
+            widen(rows.weight.template row<T>(rows.at(row)), dim, &wide[row * dim]);
+          }
+        });
+      }
+    });
+  }
+
+  int32_t index(int64_t row) const { return rows.index ? rows.index[row] : -1; }  // where W has it, if that is known
+  F bias(int64_t row) const { return bias_at<F>(rows, row); }
+  const F* weight(int64_t row) const {
+    return wide.empty() ? rows.weight.template row<F>(rows.at(row)) : &wide[row * dim];
+  }
+};
+
 template <class T, class F>
 struct Search {
   const F* mus;
   Matrix weights;
-  const int32_t* classes;
   int64_t present, dim, num_classes;
   Cuts cuts;
-  int64_t head;              // the first cut
-  F slack, tiny;             // bounds of the error of a dot product, and of what is made of it: relative, absolute
-  std::vector<F> biases;     // in F; none if there is no bias
-  std::vector<F> wide_rows;  // W_c in F, where W is narrower
+  int64_t head;           // the first cut
+  F slack, tiny;          // bounds of the error of a dot product, and of what is made of it: relative, absolute
+  std::vector<F> biases;  // none if there is no bias
+  OwnRows<F> own;
 
-  Search(const F* mu, const Matrix& weight, const Matrix& bias, const int32_t* classes, int64_t present, int64_t dim,
+  Search(const F* mu, const ClassifierRows& own, const Matrix& weight, const Matrix& bias, int64_t present, int64_t dim,
          int64_t num_classes)
       : mus(mu),
         weights(weight),
-        classes(classes),
         present(present),
         dim(dim),
         num_classes(num_classes),
@@ -153,39 +179,21 @@ struct Search {
         slack(F(dim + 16) * std::numeric_limits<F>::epsilon()),
         tiny(underflow<F>(dim)),
         biases(bias ? num_classes : 0),
-        wide_rows(std::is_same_v<T, F> ? 0 : present * dim) {
-    if (bias) {
-      visit(bias.dtype, [&](auto zero) {
-        for (int64_t i = 0; i < num_classes; ++i) biases[i] = F(to_float(*bias.row<decltype(zero)>(i)));
-      });
-    }
-    if constexpr (!std::is_same_v<T, F>) {
-      parallel_for(0, present, 1 + 32768 / std::max<int64_t>(1, dim), [&](int64_t from, int64_t to) {
-        for (int64_t row = from; row < to; ++row) widen(row);
-      });
-    }
+        own(own, present, dim) {
+    if (!bias) return;
+    visit(bias.dtype, [&](auto zero) {
+      for (int64_t i = 0; i < num_classes; ++i) biases[i] = F(to_float(*bias.row<decltype(zero)>(i)));
+    });
   }
 
   const T* weight(int64_t i) const { return weights.template row<T>(i); }
   F bias(int64_t i) const { return biases.empty() ? F(0) : biases[i]; }
   const F* mu(int64_t row) const { return mus + row * dim; }
-  const F* wide_row(int64_t row) const {
-    if constexpr (std::is_same_v<T, F>) {
-      return weight(classes[row]);
-    } else {
-      return &wide_rows[row * dim];
-    }
-  }
-
-  void widen(int64_t row) {
-    const T* w = weight(classes[row]);
-    for (int64_t d = 0; d < dim; ++d) wide_rows[row * dim + d] = F(to_float(w[d]));
-  }
 
   // The pair's score, computed directly: what the rounding of the products hides, the difference of the rows shows.
   void look_at(int64_t row, int64_t i, Best<F>& best) const {
-    const F bias_difference = bias(i) - bias(classes[row]);
-    const Boundary<F> found = boundary(weight(i), wide_row(row), mu(row), bias_difference, dim);
+    const F bias_difference = bias(i) - own.bias(row);
+    const Boundary<F> found = boundary(weight(i), own.weight(row), mu(row), bias_difference, dim);
     if (found.distance != F(0)) best.consider(found.score, int32_t(i));  // no boundary between equal rows
   }
 
@@ -197,7 +205,7 @@ std::vector<Best<F> > look_at_all(const Search<T, F>& search) {
   std::vector<Best<F> > best(search.present, Best<F>::none());
   for (int64_t row = 0; row < search.present; ++row) {
     for (int64_t i = 0; i < search.num_classes; ++i) {
-      if (i != search.classes[row]) search.look_at(row, i, best[row]);
+      if (i != search.own.index(row)) search.look_at(row, i, best[row]);
     }
   }
   return best;
@@ -283,15 +291,14 @@ struct BoundedSearch {
   void prepare(int64_t tile, bool level) {
     const int64_t first = tile * Tile<F>::rows, dim = search.dim;
     for (int64_t row = first; row < first + mu.rows_of(tile); ++row) {
-      const int32_t c = search.classes[row];
-      const T* w_c = search.weight(c);
-      const F *mu_c = search.mu(row), bias = search.bias(c);
-      rows[row] = {c, dot(w_c, mu_c, dim) + bias, std::sqrt(square_norm<F>(mu_c, 0, dim) + search.tiny),
-                   level && std::all_of(mu_c, mu_c + dim, [](F x) { return x == F(0); }),
+      const F *w_c = search.own.weight(row), *mu_c = search.mu(row), bias = search.own.bias(row);
+      rows[row] = {search.own.index(row), dot(w_c, mu_c, dim) + bias,
+                   std::sqrt(square_norm<F>(mu_c, 0, dim) + search.tiny),
+                   level && bias == search.bias(0) && std::all_of(mu_c, mu_c + dim, [](F x) { return x == F(0); }),
                    Norms<F>::of(w_c, search.cuts, dim, bias)};
     }
     mu.pack(tile, [&](int r) { return search.mu(first + r); });
-    head.pack(tile, [&](int r) { return search.wide_row(first + r); });
+    head.pack(tile, [&](int r) { return search.own.weight(first + r); });
   }
 
   void look_in_panels(int64_t from, int64_t to, Best<F>* best) const;
@@ -300,25 +307,30 @@ struct BoundedSearch {
   bool can_win(int64_t row, const Panel<F>& panel, int i, F logit, F product, const Best<F>& best) const;
 };
 
-// Looks at the pair with the highest logit of each row of a tile.
+// Looks at the pair with the highest logit of each row of a tile; should that be the class itself, at the next one.
 template <class T, class F>
 void BoundedSearch<T, F>::look_at_highest(int64_t tile, const std::vector<Panel<F> >& panels, const F* logits,
                                           Best<F>* best) const {
   constexpr int columns = Tile<F>::columns;
   const int64_t row = tile * Tile<F>::rows;
   for (int r = 0; r < mu.rows_of(tile); ++r) {
-    int64_t highest = -1;
-    F most = 0;
+    int64_t highest[2] = {-1, -1};
+    F most[2] = {0, 0};
     for (size_t p = 0; p < panels.size(); ++p) {
       const F* logit = logits + (p * Tile<F>::rows + r) * columns;
       for (int i = 0; i < panels[p].size; ++i) {
         const F value = logit[i] + panels[p].bias[i];
-        if ((highest >= 0 && !(value > most)) || panels[p].first + i == rows[row + r].c) continue;
-        highest = panels[p].first + i;
-        most = value;
+        if ((highest[1] >= 0 && !(value > most[1])) || panels[p].first + i == rows[row + r].c) continue;
+        highest[1] = panels[p].first + i;
+        most[1] = value;
+        if (highest[0] >= 0 && !(value > most[0])) continue;
+        std::swap(highest[0], highest[1]);
+        std::swap(most[0], most[1]);
       }
     }
-    if (highest >= 0) search.look_at(row + r, highest, best[row + r]);
+    for (int k = 0; k < 2 && highest[k] >= 0 && best[row + r].winner < 0; ++k) {
+      search.look_at(row + r, highest[k], best[row + r]);
+    }
   }
 }
 
@@ -330,7 +342,7 @@ bool BoundedSearch<T, F>::can_win(int64_t row, const Panel<F>& panel, int i, F l
   const Target<F> target(best, search.slack, search.tiny);
   const F above = bound(panel, known, i, logit, target), sum = panel.square[i] + known.own.square;
   const T* w_i = search.weight(panel.first + i);
-  const F* w_c = search.wide_row(row);
+  const F* w_c = search.own.weight(row);
   for (int k = 1; k < Cuts::count; ++k) {
     const int64_t from = search.cuts.at[k - 1], to = search.cuts.at[k];
     product += dot(w_i + from, w_c + from, to - from);
@@ -377,7 +389,7 @@ void BoundedSearch<T, F>::look_in_tile(int64_t tile, const Panel<F>& panel, cons
   for (int r = 0; r < size; ++r) find(r, rows[row + r].own.rest[0], panel.rest[0]);
   const bool whole = count > few * size && begin < search.dim;
   if (whole) {
-    pack_tile(size, begin, search.dim, [&](int r) { return search.wide_row(row + r); }, rest);
+    pack_tile(size, begin, search.dim, [&](int r) { return search.own.weight(row + r); }, rest);
     multiply(rest, panel.at(begin), search.dim - begin, products, rest);
   }
   for (int r = 0; r < size; ++r) {
@@ -445,14 +457,14 @@ std::vector<Best<F> > Search<T, F>::run() const {
 }
 
 template <class Wide>
-void margin_search(const Wide* mu, const Matrix& weight, const Matrix& bias, const int32_t* classes, int64_t rows,
+void margin_search(const Wide* mu, const ClassifierRows& own, const Matrix& weight, const Matrix& bias, int64_t rows,
                    int64_t dim, int64_t num_classes, Wide* score, int32_t* winner) {
   visit(weight.dtype, [&](auto zero) {
-    const Search<decltype(zero), Wide> search(mu, weight, bias, classes, rows, dim, num_classes);
+    const Search<decltype(zero), Wide> search(mu, own, weight, bias, rows, dim, num_classes);
     const std::vector<Best<Wide> > best = search.run();
     for (int64_t row = 0; row < rows; ++row) {
       score[row] = best[row].score;
-      winner[row] = best[row].winner;
+      winner[row] = best[row].score == -std::numeric_limits<Wide>::infinity() ? -1 : best[row].winner;
     }
   });
 }

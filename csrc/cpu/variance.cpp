@@ -1,5 +1,5 @@
-// Centroids, variance and regularization of a batch in one pass over its classes: the second look at a class's features
-// finds them in the cache.
+// What is summed over the features of each class: centroids, and the hinges about them. A class goes through both at
+// once, so that the second look at its features finds them in the cache.
 #ifndef RF_ISA
 
 #define RF_KERNEL "cpu/variance.cpp"
@@ -11,11 +11,25 @@
 namespace robustfast {
 
 template <class Wide>
-void variance(const Loss<Wide>& loss, Wide* terms) {
-  RF_DISPATCH(variance, loss, terms);
+void class_sums(const Features& features, Wide* sums) {
+  RF_DISPATCH(class_sums, features, sums);
 }
-template void variance(const Loss<float>&, float*);
-template void variance(const Loss<double>&, double*);
+template void class_sums(const Features&, float*);
+template void class_sums(const Features&, double*);
+
+template <class Wide>
+void class_pulls(const ClassPulls<Wide>& pulls, Wide* terms) {
+  RF_DISPATCH(class_pulls, pulls, terms);
+}
+template void class_pulls(const ClassPulls<float>&, float*);
+template void class_pulls(const ClassPulls<double>&, double*);
+
+template <class Wide>
+void variance(const Centroids<Wide>& centroids, const ClassPulls<Wide>& pulls, Wide* terms) {
+  RF_DISPATCH(variance, centroids, pulls, terms);
+}
+template void variance(const Centroids<float>&, const ClassPulls<float>&, float*);
+template void variance(const Centroids<double>&, const ClassPulls<double>&, double*);
 
 template <class Wide>
 void variance_backward(const LossBackward<Wide>& loss, int view, void* grad) {
@@ -47,18 +61,10 @@ void add_row(const T* x, int64_t dim, Wide* sum) {
 }
 
 template <int norm, class T, class Wide>
-Wide length(const T* x, const Wide* centroid, int64_t dim) {
+Wide length_of(const T* x, const Wide* centroid, int64_t dim) {
   Wide total = 0;
 #pragma omp simd reduction(+ : total)
   for (int64_t d = 0; d < dim; ++d) total += norm_term<norm>(Wide(to_float(x[d])) - centroid[d]);
-  return norm == 1 ? total : std::sqrt(total);
-}
-
-template <int norm, class Wide>
-Wide length(const Wide* x, int64_t dim) {
-  Wide total = 0;
-#pragma omp simd reduction(+ : total)
-  for (int64_t d = 0; d < dim; ++d) total += norm_term<norm>(x[d]);
   return norm == 1 ? total : std::sqrt(total);
 }
 
@@ -67,83 +73,89 @@ void add_direction(const T* x, const Wide* centroid, int64_t dim, Wide pull, Wid
   for (int64_t d = 0; d < dim; ++d) pull_sum[d] += pull * direction<norm>(Wide(to_float(x[d])) - centroid[d]);
 }
 
-// One class after the other; `terms` of a chunk are its parts of the terms.
-template <class T, int norm, class Wide>
-struct ClassPass {
-  const Loss<Wide>& loss;
-  const Groups& groups;
-  Wide present;
-  Wide view_weight;
+// A phase of a pass over the classes: add() makes a chunk's sum and its parts of the terms, finish() what is left once
+// row() holds the sum over the class.
 
-  explicit ClassPass(const Loss<Wide>& loss)
-      : loss(loss),
-        groups(*loss.groups),
-        present(Wide(loss.present())),
-        view_weight(Wide(loss.settings.alpha / (loss.input_noise ? 2 : 1))) {}
+// Sums of the clean features, in rows of `stride`.
+template <class T, class Wide>
+struct SumPhase {
+  const Features& features;
+  Wide* table;
+  int64_t stride;
 
-  Wide* at(Wide* table, int64_t row) const { return table + row * loss.dim; }
-  int64_t state_row(int64_t row) const { return loss.classes[row] * loss.dim; }
+  Wide* row(int64_t row) const { return table + row * stride; }
 
-  void add_features(const Chunk& chunk, Wide* sum) const {
-    std::fill(sum, sum + loss.dim, Wide(0));
-    for (int64_t k = chunk.begin; k < chunk.end; ++k)
-      add_row(loss.input.template row<T>(groups.order[k]), loss.dim, sum);
-  }
-
-  // From the sum of the features in its place, mu_c; from that m_c; both tables' rows are complete then.
-  void finish_centroid(int64_t row) const {
-    const Wide inverse_count = Wide(1) / Wide(groups.count(row)), momentum = Wide(loss.settings.momentum);
-    const Wide* previous = loss.centroids + state_row(row);
-    const bool seen = loss.seen[loss.classes[row]];
-    Wide *mu = at(loss.boundary_grad, row), *centroid = at(loss.centroid, row);
-    for (int64_t d = 0; d < loss.dim; ++d) {
-      mu[d] *= inverse_count;
-      centroid[d] = momentum_centroid(mu[d], previous[d], seen, momentum);
+  void add(const Chunk& chunk, Wide* sum, Wide*) const {
+    std::fill(sum, sum + features.dim, Wide(0));
+    for (int64_t k = chunk.begin; k < chunk.end; ++k) {
+      add_row(features.input.template row<T>(features.groups->order[k]), features.dim, sum);
     }
   }
+};
 
-  // Pulls the chunk's samples to the centroid.
-  void pull_features(const Chunk& chunk, Wide* pull_sum, Wide* terms) const {
-    const Wide* centroid = at(loss.centroid, chunk.row);
-    const Wide sample_share = Wide(1) / (Wide(groups.count(chunk.row)) * present);
-    const Wide delta_var = Wide(loss.settings.delta_var);
-    const Matrix views[] = {loss.input, loss.input_noise};
-    std::fill(pull_sum, pull_sum + loss.dim, Wide(0));
+template <class T, class Wide>
+struct ClassSums : SumPhase<T, Wide> {
+  void finish(int64_t row) const { this->row(row)[this->features.dim] = Wide(this->features.groups->count(row)); }
+};
+
+// From the sum of the features in its place, mu_c; from that m_c; then the state.
+template <class T, class Wide>
+struct CentroidPhase : SumPhase<T, Wide> {
+  const Centroids<Wide>& to;
+
+  explicit CentroidPhase(const Centroids<Wide>& to) : SumPhase<T, Wide>{to.features, to.mu, to.features.dim}, to(to) {}
+
+  void finish(int64_t row) const {
+    const int64_t dim = this->stride;
+    const Wide inverse_count = Wide(1) / Wide(this->features.groups->count(row));
+    Wide* const previous = to.centroids + to.classes[row] * dim;
+    bool& seen = to.seen[to.classes[row]];
+    Wide *const mu = this->row(row), *const centroid = to.centroid + row * dim;
+    for (int64_t d = 0; d < dim; ++d) {
+      mu[d] *= inverse_count;
+      centroid[d] = momentum_centroid(mu[d], previous[d], seen, to.momentum);
+    }
+    to.tau[row] = momentum_tau(seen, to.momentum);
+
+    if (!to.update_state) return;
+    Wide poison = 0;  // becomes nan where a value is not finite
+#pragma omp simd reduction(+ : poison)
+    for (int64_t d = 0; d < dim; ++d) poison += centroid[d] * Wide(0);
+    if (poison != 0) return;
+    std::copy(centroid, centroid + dim, previous);
+    seen = true;
+  }
+};
+
+// Pulls samples to the centroid.
+template <class T, int norm, class Wide>
+struct PullPhase {
+  const ClassPulls<Wide>& to;
+
+  Wide* row(int64_t row) const { return to.pull_sum + row * to.features.dim; }
+
+  void add(const Chunk& chunk, Wide* pull_sum, Wide* terms) const {
+    const int64_t dim = to.features.dim;
+    const Wide* centroid = to.centroid + chunk.row * dim;
+    const Wide sample_share = to.sample_share[chunk.row];
+    const Matrix views[] = {to.features.input, to.features.input_noise};
+    std::fill(pull_sum, pull_sum + dim, Wide(0));
     for (int view = 0; view < 2; ++view) {
       Wide squares = 0;
       for (int64_t k = chunk.begin; views[view] && k < chunk.end; ++k) {
-        const int64_t i = groups.order[k];
+        const int64_t i = to.features.groups->order[k];
         const T* x = views[view].template row<T>(i);
-        const Wide distance = length<norm>(x, centroid, loss.dim), excess = hinge(distance - delta_var);
-        const Wide mine = pull<norm>(distance, delta_var, view_weight * sample_share);
+        const Wide length = length_of<norm>(x, centroid, dim), excess = hinge(length - to.delta_var);
+        const Wide mine = pull<norm>(length, to.delta_var, to.view_weight * sample_share);
         squares += excess * excess;
-        loss.pull[view * loss.n + i] = mine;
-        if (mine != 0) add_direction<norm>(x, centroid, loss.dim, mine, pull_sum);
+        to.pull[view * to.features.n + i] = mine;
+        if (mine != 0) add_direction<norm>(x, centroid, dim, mine, pull_sum);
       }
       terms[view == 0 ? class_term::compactness : class_term::alignment] = squares * sample_share;
     }
   }
 
-  // Adds the pull of the regularization to that of the variance, carries both back to mu_c, and writes the state.
-  // mu_grad holds the pull_sum.
-  void finish_gradient(int64_t row, Wide* terms) const {
-    const int64_t dim = loss.dim;
-    bool& seen = loss.seen[loss.classes[row]];
-    const Wide* centroid = at(loss.centroid, row);
-    const Wide of_centroid = length<norm>(centroid, dim), tau = momentum_tau(seen, Wide(loss.settings.momentum));
-    const Wide to_zero = Wide(loss.settings.gamma) / present * inverse_length<norm>(of_centroid);
-    Wide* mu_grad = at(loss.mu_grad, row);
-    for (int64_t d = 0; d < dim; ++d) mu_grad[d] = tau * (to_zero * direction<norm>(centroid[d]) - mu_grad[d]);
-    terms[class_term::regularization] = of_centroid / present;
-
-    if (!loss.update_state) return;
-    Wide poison = 0;  // becomes nan where a value is not finite
-#pragma omp simd reduction(+ : poison)
-    for (int64_t d = 0; d < dim; ++d) poison += centroid[d] * Wide(0);
-    if (poison != 0) return;
-    std::copy(centroid, centroid + dim, loss.centroids + state_row(row));
-    seen = true;
-  }
+  void finish(int64_t) const {}
 };
 
 inline std::vector<Chunk> split(const Groups& groups) {
@@ -157,51 +169,60 @@ inline std::vector<Chunk> split(const Groups& groups) {
   return chunks;
 }
 
-// Adds up `partial` (dim a chunk) over the chunks of each split class into its row of `table`.
-template <class Wide, class Finish>
-void combine(const std::vector<Chunk>& chunks, const std::vector<Wide>& partial, int64_t dim, Wide* table,
-             Finish finish) {
+// Adds up `partial` (dim a chunk) over the chunks of each split class into its row.
+template <class Phase, class Wide>
+void combine(const Phase& phase, const std::vector<Chunk>& chunks, const std::vector<Wide>& partial, int64_t dim) {
   for (size_t s = 0; s < chunks.size(); ++s) {
     if (chunks[s].whole) continue;
     const int64_t row = chunks[s].row;
-    Wide* sum = table + row * dim;
+    Wide* sum = phase.row(row);
     if (s == 0 || chunks[s - 1].row != row) std::fill(sum, sum + dim, Wide(0));
     add_row(&partial[s * dim], dim, sum);
-    if (s + 1 == chunks.size() || chunks[s + 1].row != row) finish(row, s);
+    if (s + 1 == chunks.size() || chunks[s + 1].row != row) phase.finish(row);
   }
 }
 
-template <class T, int norm, class Wide>
-void variance_of(const Loss<Wide>& loss, Wide* terms) {
-  const ClassPass<T, norm, Wide> pass(loss);
-  const std::vector<Chunk> chunks = split(*loss.groups);
-  const int64_t count = chunks.size(), dim = loss.dim;
-  const bool any_split = count > loss.present();
+template <class Phase, class Wide>
+void run_whole(const Phase& phase, const Chunk& chunk, Wide* terms) {
+  phase.add(chunk, phase.row(chunk.row), terms);
+  phase.finish(chunk.row);
+}
+
+template <class Phase, class Wide>
+void run_split(const Phase& phase, const std::vector<Chunk>& chunks, std::vector<Wide>& partial, int64_t dim,
+               std::vector<Wide>& terms) {
+  parallel_for(0, int64_t(chunks.size()), 1, [&](int64_t from, int64_t to) {
+    for (int64_t s = from; s < to; ++s) {
+      if (!chunks[s].whole) phase.add(chunks[s], &partial[s * dim], &terms[class_term::count * s]);
+    }
+  });
+  combine(phase, chunks, partial, dim);
+}
+
+// One phase after the other; adds their terms, class_term::count of them.
+template <class Wide, class First, class... Others>
+void run_phases(const Features& features, Wide* terms, const First& first, const Others&... others) {
+  const std::vector<Chunk> chunks = split(*features.groups);
+  const int64_t count = chunks.size(), dim = features.dim;
+  const bool any_split = std::any_of(chunks.begin(), chunks.end(), [](const Chunk& chunk) { return !chunk.whole; });
   std::vector<Wide> partial(any_split ? count * dim : 0), chunk_terms(class_term::count * count, Wide(0));
   const auto terms_of = [&](int64_t chunk) { return &chunk_terms[class_term::count * chunk]; };
   const int64_t grain =
-      std::max<int64_t>(1, parallel_elements / std::max<int64_t>(1, loss.n * dim / std::max<int64_t>(1, count)));
+      std::max<int64_t>(1, parallel_elements / std::max<int64_t>(1, features.n * dim / std::max<int64_t>(1, count)));
 
   parallel_for(0, count, grain, [&](int64_t from, int64_t to) {
     for (int64_t s = from; s < to; ++s) {
-      const Chunk& chunk = chunks[s];
-      const int64_t row = chunk.row;
-      pass.add_features(chunk, chunk.whole ? pass.at(loss.boundary_grad, row) : &partial[s * dim]);
-      if (!chunk.whole) continue;
-      pass.finish_centroid(row);
-      pass.pull_features(chunk, pass.at(loss.mu_grad, row), terms_of(s));
-      pass.finish_gradient(row, terms_of(s));
+      if (chunks[s].whole) {
+        run_whole(first, chunks[s], terms_of(s));
+        (run_whole(others, chunks[s], terms_of(s)), ...);
+      } else {
+        first.add(chunks[s], &partial[s * dim], terms_of(s));
+      }
     }
   });
   if (any_split) {
-    combine(chunks, partial, dim, loss.boundary_grad, [&](int64_t row, int64_t) { pass.finish_centroid(row); });
-    parallel_for(0, count, 1, [&](int64_t from, int64_t to) {
-      for (int64_t s = from; s < to; ++s) {
-        if (!chunks[s].whole) pass.pull_features(chunks[s], &partial[s * dim], terms_of(s));
-      }
-    });
-    combine(chunks, partial, dim, loss.mu_grad,
-            [&](int64_t row, int64_t s) { pass.finish_gradient(row, terms_of(s)); });
+    combine(first, chunks, partial, dim);
+    (run_split(others, chunks, partial, dim, chunk_terms), ...);
   }
   for (int64_t s = 0; s < count; ++s) {
     for (int term = 0; term < class_term::count; ++term) terms[term] += terms_of(s)[term];
@@ -209,10 +230,31 @@ void variance_of(const Loss<Wide>& loss, Wide* terms) {
 }
 
 template <class Wide>
-void variance(const Loss<Wide>& loss, Wide* terms) {
-  visit_features<Wide>(loss.input.dtype, [&](auto zero) {
+void class_sums(const Features& features, Wide* sums) {
+  visit_features<Wide>(features.input.dtype, [&](auto zero) {
+    Wide none[class_term::count] = {};
+    run_phases(features, none, ClassSums<decltype(zero), Wide>{{features, sums, features.dim + 1}});
+  });
+}
+
+// function(phase) with the phase of the features' dtype and the norm.
+template <class Wide, class Function>
+void with_pull_phase(const ClassPulls<Wide>& pulls, const Function& function) {
+  visit_features<Wide>(pulls.features.input.dtype, [&](auto zero) {
     using T = decltype(zero);
-    loss.norm == 1 ? variance_of<T, 1>(loss, terms) : variance_of<T, 2>(loss, terms);
+    pulls.norm == 1 ? function(zero, PullPhase<T, 1, Wide>{pulls}) : function(zero, PullPhase<T, 2, Wide>{pulls});
+  });
+}
+
+template <class Wide>
+void class_pulls(const ClassPulls<Wide>& pulls, Wide* terms) {
+  with_pull_phase(pulls, [&](auto, const auto& phase) { run_phases(pulls.features, terms, phase); });
+}
+
+template <class Wide>
+void variance(const Centroids<Wide>& centroids, const ClassPulls<Wide>& pulls, Wide* terms) {
+  with_pull_phase(pulls, [&](auto zero, const auto& phase) {
+    run_phases(pulls.features, terms, CentroidPhase<decltype(zero), Wide>(centroids), phase);
   });
 }
 

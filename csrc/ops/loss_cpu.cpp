@@ -14,14 +14,6 @@ int num_threads() { return int(torch::stable::get_num_threads()); }
 
 namespace {
 
-template <class Wide>
-void run(Loss<Wide>& loss, Wide* total, Wide* terms) {
-  Wide mean[class_term::count] = {};
-  variance(loss, mean);
-  mean[class_term::margin] = margin(loss);
-  write_terms(loss.settings.template as<Wide>(), bool(loss.input_noise), mean, total, terms);
-}
-
 LossResults::Tuple discriminative_loss(const Tensor& input, const std::optional<Tensor>& input_noise,
                                        const Tensor& target, const Tensor& weight, const std::optional<Tensor>& bias,
                                        const Tensor& centroids, const Tensor& seen, std::vector<double> settings,
@@ -34,41 +26,72 @@ LossResults::Tuple discriminative_loss(const Tensor& input, const std::optional<
   with_huge_pages(results.tables);
 
   const int64_t rows = sizes.rows, dim = sizes.dim;
-  int32_t* const classes = data<int32_t>(results.classes);
-  const Groups groups =
-      group(matrix(target), sizes.n, sizes.num_classes, ignore_index, rows, data<int32_t>(results.slot), classes);
+  int32_t *const slot = data<int32_t>(results.slot), *const classes = data<int32_t>(results.classes);
+  slots_of_labels(matrix(target), sizes.n, sizes.num_classes, ignore_index, slot);
+  const Groups groups = group(sizes.n, sizes.num_classes, rows, slot, classes);
   const int64_t present = groups.rows();
   std::fill(classes + rows, classes + 2 * rows, -1);
   const auto run_with = [&]<class Wide>(Wide) {
-    Wide* const tables = data<Wide>(results.tables);
-    Wide* const boundary_bias = data<Wide>(results.boundary_bias);
+    Wide *const centroid = data<Wide>(results.tables), *const mu_grad = centroid + rows * dim;
+    Wide *const boundary_grad = mu_grad + rows * dim, *const boundary_bias = data<Wide>(results.boundary_bias);
     // What no sample and no class writes is 0, so that results are the same from run to run down to the last byte.
     std::fill_n(data<Wide>(results.pull), 2 * sizes.n, Wide(0));
     std::fill(boundary_bias + present, boundary_bias + rows, Wide(0));
-    for (int t = 0; t < 3; ++t) std::fill(tables + (t * rows + present) * dim, tables + (t + 1) * rows * dim, Wide(0));
-    Loss<Wide> loss = {
-        .settings = settings_of(settings, scheduled),
-        .norm = norm,
+    for (Wide* table : {centroid, mu_grad, boundary_grad})
+      std::fill(table + present * dim, table + rows * dim, Wide(0));
+    std::vector<Wide> counts(present), sample_share(present), tau(present), score(present);
+    for (int64_t row = 0; row < present; ++row) {
+      counts[row] = Wide(groups.count(row));
+      sample_share[row] = Wide(1) / (counts[row] * Wide(present));
+    }
+    const SettingsOf<Wide> s = settings_of(settings, scheduled).template as<Wide>();
+    const Features features = {sizes.n, dim, &groups, matrix(f), matrix(g)};
+    const ClassifierRows own = {matrix(w), matrix(bias), classes}, other = {own.weight, own.bias, classes + rows};
+    const Centroids<Wide> centroids_ = {
+        .features = features,
+        .momentum = s.momentum,
         .update_state = update_state,
-        .n = sizes.n,
-        .dim = dim,
-        .num_classes = sizes.num_classes,
-        .groups = &groups,
-        .input = matrix(f),
-        .input_noise = matrix(g),
-        .weight = matrix(w),
-        .bias = matrix(bias),
         .centroids = data<Wide>(centroids),
         .seen = data<bool>(seen),
-        .pull = data<Wide>(results.pull),
-        .centroid = tables,
-        .mu_grad = tables + rows * dim,
-        .boundary_grad = tables + 2 * rows * dim,
-        .boundary_bias = boundary_bias,
         .classes = classes,
+        .mu = boundary_grad,
+        .centroid = centroid,
+        .tau = tau.data(),
+    };
+    const ClassPulls<Wide> pulls = {
+        .features = features,
+        .norm = norm,
+        .delta_var = s.delta_var,
+        .view_weight = s.view_weight(bool(input_noise)),
+        .centroid = centroid,
+        .sample_share = sample_share.data(),
+        .pull = data<Wide>(results.pull),
+        .pull_sum = mu_grad,
+    };
+    const Finish<Wide> boundaries = {
+        .delta_dist = s.delta_dist,
+        .beta = s.beta,
+        .gamma = s.gamma,
+        .norm = norm,
+        .rows = present,
+        .dim = dim,
+        .present = present,
+        .own = own,
+        .other = other,
+        .counts = counts.data(),
+        .tau = tau.data(),
+        .centroid = centroid,
+        .mu_grad = mu_grad,
+        .boundary_grad = boundary_grad,
+        .boundary_bias = boundary_bias,
         .winner = classes + rows,
     };
-    run(loss, data<Wide>(results.loss), data<Wide>(results.terms));
+    Wide mean[class_term::count] = {};
+    variance(centroids_, pulls, mean);
+    margin_search(boundary_grad, own, own.weight, own.bias, present, dim, sizes.num_classes, score.data(),
+                  boundaries.winner);
+    finish(boundaries, mean);
+    write_terms(s, bool(input_noise), mean, data<Wide>(results.loss), data<Wide>(results.terms));
   };
   wide_dtype(input) == ScalarType::Double ? run_with(double()) : run_with(float());
   return results.tuple();
@@ -88,7 +111,8 @@ LossGradients::Tuple discriminative_loss_backward(const Tensor& grad_loss, const
   with_huge_pages(gradients.input_noise);
   with_huge_pages(gradients.weight);
 
-  const Groups groups = group_by_slot(data<int32_t>(slot), sizes.n, sizes.rows);
+  const int64_t rows = classes.size(1);
+  const Groups groups = group_by_slot(data<int32_t>(slot), sizes.n, rows);
   const auto run_with = [&]<class Wide>(Wide) {
     const Wide* const table = data<Wide>(tables);
     const LossBackward<Wide> loss = {
@@ -97,18 +121,18 @@ LossGradients::Tuple discriminative_loss_backward(const Tensor& grad_loss, const
         .n = sizes.n,
         .dim = sizes.dim,
         .num_classes = sizes.num_classes,
-        .rows = sizes.rows,
+        .rows = rows,
         .groups = &groups,
         .input = matrix(f),
         .input_noise = matrix(g),
         .pull = data<Wide>(pull),
         .centroid = table,
-        .mu_grad = table + sizes.rows * sizes.dim,
-        .boundary_grad = table + 2 * sizes.rows * sizes.dim,
+        .mu_grad = table + rows * sizes.dim,
+        .boundary_grad = table + 2 * rows * sizes.dim,
         .boundary_bias = data<Wide>(boundary_bias),
         .slot = data<int32_t>(slot),
         .classes = data<int32_t>(classes),
-        .winner = data<int32_t>(classes) + sizes.rows,
+        .winner = data<int32_t>(classes) + rows,
     };
     if (wanted[0]) variance_backward(loss, 0, data<void>(gradients.input));
     if (wanted[1]) variance_backward(loss, 1, data<void>(gradients.input_noise));
