@@ -107,15 +107,15 @@ struct CentroidPhase : SumPhase<T, Wide> {
 
   void finish(int64_t row) const {
     const int64_t dim = this->stride;
-    const Wide inverse_count = Wide(1) / Wide(this->features.groups->count(row));
+    const Wide inverse_count = Wide(1) / Wide(this->features.groups->count(row)), momentum = to.momentum;
     Wide* const previous = to.centroids + to.classes[row] * dim;
-    bool& seen = to.seen[to.classes[row]];
+    const bool seen = to.seen[to.classes[row]];
     Wide *const mu = this->row(row), *const centroid = to.centroid + row * dim;
     for (int64_t d = 0; d < dim; ++d) {
       mu[d] *= inverse_count;
-      centroid[d] = momentum_centroid(mu[d], previous[d], seen, to.momentum);
+      centroid[d] = momentum_centroid(mu[d], previous[d], seen, momentum);
     }
-    to.tau[row] = momentum_tau(seen, to.momentum);
+    to.tau[row] = momentum_tau(seen, momentum);
 
     if (!to.update_state) return;
     Wide poison = 0;  // becomes nan where a value is not finite
@@ -123,7 +123,7 @@ struct CentroidPhase : SumPhase<T, Wide> {
     for (int64_t d = 0; d < dim; ++d) poison += centroid[d] * Wide(0);
     if (poison != 0) return;
     std::copy(centroid, centroid + dim, previous);
-    seen = true;
+    to.seen[to.classes[row]] = true;
   }
 };
 
@@ -137,18 +137,18 @@ struct PullPhase {
   void add(const Chunk& chunk, Wide* pull_sum, Wide* terms) const {
     const int64_t dim = to.features.dim;
     const Wide* centroid = to.centroid + chunk.row * dim;
-    const Wide sample_share = to.sample_share[chunk.row];
+    const Wide sample_share = to.sample_share[chunk.row], delta_var = to.delta_var;
+    const int32_t* const order = to.features.groups->order.data();
     const Matrix views[] = {to.features.input, to.features.input_noise};
     std::fill(pull_sum, pull_sum + dim, Wide(0));
     for (int view = 0; view < 2; ++view) {
-      Wide squares = 0;
+      Wide squares = 0, *const pulls = to.pull + view * to.features.n;
       for (int64_t k = chunk.begin; views[view] && k < chunk.end; ++k) {
-        const int64_t i = to.features.groups->order[k];
-        const T* x = views[view].template row<T>(i);
-        const Wide length = length_of<norm>(x, centroid, dim), excess = hinge(length - to.delta_var);
-        const Wide mine = pull<norm>(length, to.delta_var, to.view_weight * sample_share);
+        const T* x = views[view].template row<T>(order[k]);
+        const Wide length = length_of<norm>(x, centroid, dim), excess = hinge(length - delta_var);
+        const Wide mine = pull<norm>(length, delta_var, to.view_weight * sample_share);
         squares += excess * excess;
-        to.pull[view * to.features.n + i] = mine;
+        pulls[order[k]] = mine;
         if (mine != 0) add_direction<norm>(x, centroid, dim, mine, pull_sum);
       }
       terms[view == 0 ? class_term::compactness : class_term::alignment] = squares * sample_share;
