@@ -28,7 +28,7 @@ def committed(op, shape, dtype):
     for path in RESULTS.glob("bench_*.json"):
         content = json.loads(path.read_text())
         where = content["environment"]
-        if all(where.get(key) == here.get(key) for key in ("instruction_set", "threads", "cuda")):
+        if all(where.get(key) == here.get(key) for key in ("instruction_set", "limits", "threads", "cuda")):
             rows = (row for row in content["rows"] if (row["op"], row["shape"], row["dtype"]) == (op, shape, dtype))
             return {row["implementation"]: row["speedup"]["median"] for row in rows if "speedup" in row}
     return {}

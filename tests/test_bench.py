@@ -13,6 +13,7 @@ pytest.importorskip("typer")
 import typer
 from typer.testing import CliRunner
 
+from robustfast import reference
 from robustfast.bench import cases, command, measure, report, run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,7 +62,7 @@ def test_steps_take_turns_and_slow_ones_stop_early(clock):
     assert rounds == int(2.0 * 2 / 0.3)
     counted = {name: sum(value is not None for value in values) for name, values in times.items()}
     assert counted == {"fast": rounds, "other": rounds, "slow": 3, "loop": 1}
-    assert order[8:16] == ["fast", "other", "slow", "loop", "other", "slow", "fast", "slow"]
+    assert order[8:16] == ["fast", "other", "slow", "other", "slow", "fast", "slow", "fast"]
 
 
 def test_at_least_five_rounds_whatever_they_cost(clock):
@@ -86,6 +87,15 @@ def test_peak_memory_sees_what_is_gone_again():
     assert 60 << 20 < peak < 96 << 20
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system tells no peak")
+def test_peak_memory_sees_what_earlier_calls_left_to_it():
+    def step():
+        return [torch.ones(1 << 16) for _ in range(256)]
+
+    step()
+    assert 60 << 20 < measure.peak_memory(step, CPU) < 96 << 20
+
+
 def test_plan():
     planned = run.plan(["loss", "noise"], None, [torch.float32], CPU)
     assert planned[0] == ("loss", "paper", torch.float32) and ("noise", "features", torch.float32) in planned
@@ -98,10 +108,11 @@ def test_plan():
 def tiny(monkeypatch):
     """Every op on a shape of few numbers, and plain PyTorch uncompiled."""
     monkeypatch.setattr(cases, "LOSS", {"paper": (12, 6, 4)})
-    monkeypatch.setattr(cases, "MARGIN", {"imagenet": (4, 6, 5)})
+    margins = {name: (4, 6, 5) for name in ("imagenet", "imagenet-worst")} | {"imagenet-trained": (5, 6, 5)}
+    monkeypatch.setattr(cases, "MARGIN", margins)
     monkeypatch.setattr(cases, "NOISE", {"paper": (2, 3, 4, 4), "features": (5, 6)})
     monkeypatch.setattr(cases, "TRAIN_STEP", {"head-1000": 7})
-    ops = {"loss": ("paper",), "margin": ("imagenet",), "noise": ("paper", "features"), "train-step": ("head-1000",)}
+    ops = {"loss": ("paper",), "margin": tuple(margins), "noise": ("paper", "features"), "train-step": ("head-1000",)}
     monkeypatch.setattr(cases, "ON_CPU", ops)
     monkeypatch.setattr(cases, "compiled", lambda function, device: {"compiled": function})
     monkeypatch.setattr(run, "copy_rate", lambda device: 1e10)
@@ -120,7 +131,7 @@ def test_command(tiny, tmp_path):
     assert done.exit_code == 0, done.output
     content = json.loads((tmp_path / "results.json").read_text())
     found = {(row["op"], row["shape"], row["dtype"]) for row in content["rows"]}
-    assert len(found) == 10 and ("train-step", "head-1000", "bfloat16") in found
+    assert len(found) == 14 and ("train-step", "head-1000", "bfloat16") in found
     assert {"date", "device", "torch", "commit", "threads"} <= set(content["environment"])
     loss = {row["implementation"]: row for row in content["rows"] if (row["op"], row["dtype"]) == ("loss", "float32")}
     assert {"loop", "eager", "compiled"} <= set(loss)
@@ -163,6 +174,72 @@ def test_implementations_compute_the_same(tiny):
     for function in others:
         for a, b in zip(cases.forward_backward(function, fresh()), expected, strict=True):
             torch.testing.assert_close(a, b)
+
+
+def test_margins_are_searched_alike(monkeypatch):
+    monkeypatch.setattr(cases, "MARGIN", {f"sizes{kind}": (40, 24, 40) for kind in ("", "-trained", "-worst")})
+    for shape in cases.MARGIN:
+        case = cases.margin(shape, torch.float32, CPU, cases.usable(None, CPU)[0])
+        for name in set(case.steps) - {*cases.PEERS, cases.PRODUCTS}:
+            score, winner = case.steps[name]()
+            best, expected = reference.margin_search(*case.steps[name].args)
+            torch.testing.assert_close(score, best)
+            assert torch.equal(winner, expected.int())
+
+
+def test_trained_classifier_knows_its_classes():
+    points, weight, bias = cases.trained_classifier(50, 32, CPU)
+    assert torch.equal((points @ weight.T + bias).argmax(1), torch.arange(50))
+
+
+def test_products_are_taken_in_blocks():
+    mu, weight = torch.randn(3, 4), torch.randn(7, 4)
+    products = cases.Products(mu, weight[:3], weight, most=9)
+    products()
+    torch.testing.assert_close(products.out[0], weight[:3] @ weight[3:6].T)
+    torch.testing.assert_close(products.out[1], weight[:3] @ weight[6:].T)
+
+
+def test_summary():
+    """The README's tables: speed, and what the method adds to a training step."""
+
+    def row(op, name, seconds, speedup=None):
+        spread = {"median": seconds, "p20": seconds, "p80": seconds}
+        made = {"op": op, "shape": "paper", "sizes": [4, 3, 2], "dtype": "float32", "implementation": name,
+                "seconds": spread, "bytes": 10**6, "flops": 0, "of_ceiling": 0.5, "peak_bytes": None}  # fmt: skip
+        return made | ({"speedup": {"over": speedup[0]} | dict.fromkeys(spread, speedup[1])} if speedup else {})
+
+    rows = [row("noise", "eager", 0.02), row("noise", "compiled", 0.01), row("noise", "cpu", 0.002, ("compiled", 5.0))]
+    rows += [row("train-step", cases.BOTH, 0.01), row("train-step", "cpu", 0.0125, (cases.BOTH, 0.8)),
+             row("train-step", "reference", 0.012, (cases.BOTH, 0.9))]  # fmt: skip
+    lines = report.summary({"rows": rows}, ["noise", "train-step"]).splitlines()
+    assert lines[2] == "| noise paper (4x3x2, float32) | 20 | 10 | 2 | 5.00x (5.00-5.00) compiled | 50% |"
+    assert lines[-1] == "| train-step paper (N=4 D=3 K=2, float32) | 10 | 12.5 | +25.0% (+25.0% to +25.0%) |"
+    assert report.cells(rows[0])[4:6] == ("0.05", "")
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+def test_measure_runs_a_wide_machine_twice(isa, tmp_path, monkeypatch):
+    measuring = runpy.run_path(str(ROOT / "benchmarks" / "measure.py"))
+    runs = []
+
+    def run_command(command, env=None, **_):
+        if "--out" in command:
+            out = Path(command[command.index("--out") + 1])
+            out.mkdir(parents=True)
+            (out / "results.json").write_text(json.dumps(env.get("ROBUSTFAST_CPU_ISA")))
+        runs.append("bench" if "bench" in command else Path(command[1]).name)
+
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    monkeypatch.setitem(measuring["main"].__globals__, "ROOT", tmp_path)
+    monkeypatch.setattr(measuring["_C"], "build_info", lambda: {"instruction_set": isa})
+    monkeypatch.setattr(measuring["subprocess"], "run", run_command)
+    monkeypatch.setattr(sys, "argv", ["measure.py"])
+    monkeypatch.delenv("ROBUSTFAST_CPU_ISA", raising=False)
+    measuring["main"]()
+    written = {path.name: json.loads(path.read_text()) for path in (tmp_path / "benchmarks" / "results").iterdir()}
+    held = {"bench_avx512_held_to_avx2.json": "avx2"} if isa == "avx512" else {}
+    assert written == {f"bench_{isa}.json": None} | held and runs[-1] == "make_docs.py"
 
 
 def test_pages_are_what_the_results_say(monkeypatch):

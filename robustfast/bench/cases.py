@@ -11,13 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustfast import DiscriminativeLoss, backends, functional
+from robustfast import DiscriminativeLoss, backends, checks, functional
+from robustfast import steps as loss_steps
 from robustfast.backends import home
 from robustfast.bench.baselines import loop_loss
 from robustfast.bench.measure import NullFunction, Rotation, Step, copies_past_cache
 
 OPS = ("loss", "margin", "noise", "train-step")
 PEERS = ("loop", "eager", "compiled", "max-autotune")  # plain PyTorch, what a kernel is compared with
+PRODUCTS = "products"  # W mu and W W_c by PyTorch, without the search: what the margin is compared with
 BOTH = "cross entropy of both views"  # what a training step without the method is
 NORMALIZATION: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "pixel_std": (0.229, 0.224, 0.225)}
 
@@ -36,7 +38,14 @@ SCALING = {
     for name, grown in (("N", (256, 1024, 4096, 16384)), ("D", (64, 256, 1024, 4096)), ("K", (16, 256, 1024, 4096)))
     for size in grown
 }
-MARGIN = {"imagenet": (1024, 512, 1000), "wide": (1024, 2048, 10_000), "faces": (512, 512, 1_000_000)}
+# (P, D, K) of random W, or of other ones: after training, or such that no part of the products can be left out
+MARGIN = {
+    "imagenet": (1000, 512, 1000),
+    "imagenet-trained": (1000, 512, 1000),
+    "imagenet-worst": (1000, 512, 1000),
+    "wide": (1024, 2048, 10_000),
+    "faces": (512, 512, 1_000_000),
+}
 # (N, C, H, W) of uint8 images, or (N, D) of features; -out: into buffers that are there, where new memory costs time
 NOISE = {
     "paper": (128, 3, 32, 32),
@@ -50,7 +59,7 @@ SHAPES: dict[str, dict[str, Any]] = {"loss": LOSS, "margin": MARGIN, "noise": NO
 # Shapes that a machine without a GPU measures unless others are asked for.
 ON_CPU = {
     "loss": ("paper", "imagenet", "wide"),
-    "margin": ("imagenet",),
+    "margin": ("imagenet", "imagenet-trained", "imagenet-worst", "wide"),
     "noise": tuple(NOISE),
     "train-step": ("cifar", "head-1000", "head-10000"),
 }
@@ -151,26 +160,69 @@ def loss(shape: str, dtype: torch.dtype, device: torch.device, names: Sequence[s
 
 
 def margin(shape: str, dtype: torch.dtype, device: torch.device, names: Sequence[str]) -> Case:
-    """The loss without gradients where nearly all of it is the margin, each class once in the batch."""
-    n, dim, num_classes = sizes = MARGIN[shape]
-    batch = list(make_batch(sizes, dtype, device))
-    batch[2] = torch.randperm(num_classes, device=device)[torch.arange(n, device=device) % num_classes]
-    functions = {"eager": loss_of("reference")} if num_classes <= 100_000 else {}
-    if functions:
+    """The search for each row's nearest boundary, beside the two matrix products that it would take unpruned."""
+    rows, dim, num_classes = sizes = MARGIN[shape]
+    mu, weight, bias = classifier(shape, sizes, device)
+    weight, bias = weight.to(dtype), bias.to(dtype)
+    own = torch.randperm(num_classes, device=device)[:rows] if shape != "imagenet-trained" else slice(rows)
+    arguments = mu.to(checks.wide_dtype(weight)), weight[own], bias[own], weight, bias
+    functions: dict[str, Callable[..., Any]] = {}
+    if "-" not in shape and num_classes <= 100_000:
+        functions["eager"] = loss_steps.margin_search
         functions |= compiled(functions["eager"], device)
-    functions |= {name: loss_of(name) for name in names}
-
-    def step(function: Callable[..., Tensor]) -> Step:
-        def run() -> Tensor:
-            with torch.no_grad():
-                return function(*batch)
-
-        return run
-
+    functions |= {name: loss_steps.of(name).margin_search for name in names}
+    turns: dict[str, Step] = {PRODUCTS: Products(mu.to(dtype), weight[own], weight)}
+    turns |= {name: partial(function, *arguments) for name, function in functions.items()}
     return Case(
-        "margin", shape, sizes, dtype, {name: step(function) for name, function in functions.items()},
-        bytes=num_classes * dim * dtype.itemsize, flops=4 * min(n, num_classes) * num_classes * dim,
+        "margin", shape, sizes, dtype, turns, peers=(PRODUCTS,),
+        bytes=num_classes * dim * dtype.itemsize, flops=4 * rows * num_classes * dim,
     )  # fmt: skip
+
+
+class Products:
+    """W mu and W W_c, some classes at a time, so that both fit memory; nothing is made of them."""
+
+    def __init__(self, mu: Tensor, weight_c: Tensor, weight: Tensor, most: int = 1 << 25) -> None:
+        self.left, self.blocks = (mu, weight_c), weight.split(max(1, most // len(mu)))
+        self.out = [mu.new_empty(len(mu), len(block)) for block in (self.blocks[0], self.blocks[-1])]
+
+    def __call__(self) -> None:
+        for block in self.blocks:
+            for left in self.left:
+                torch.mm(left, block.T, out=self.out[block is self.blocks[-1]])
+
+
+def classifier(shape: str, sizes: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Batch centroids (P, D), W (K, D) and b (K,), as a margin's shape has them."""
+    _, dim, num_classes = sizes
+    if shape.endswith("-trained"):
+        return trained_classifier(num_classes, dim, device)
+    batch = make_batch(sizes, torch.float32, device)
+    mu, weight, bias = (batch[argument].detach() for argument in (0, 3, 4))
+    if shape.endswith("-worst"):
+        weight[:, : 7 * dim // 8] = 0  # what a part of the columns says of a pair is nothing
+    return mu, weight, bias
+
+
+def trained_classifier(num_classes: int, dim: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """A head that this package's loss trained on synthetic classes, normal about one point each, and those points."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device)
+
+    points = normal(num_classes, dim)
+    head, loss = nn.Linear(dim, num_classes, device=device), DiscriminativeLoss(num_classes, dim).to(device)
+    nn.init.normal_(head.weight, std=dim**-0.5, generator=generator)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.5, momentum=0.9)
+    for _ in range(40):
+        target = torch.randperm(num_classes, generator=generator, device=device)
+        f, g = (points[target] + 0.5 * normal(num_classes, dim) for _ in range(2))
+        objective = F.cross_entropy(head(f), target) + loss(f, g, target, head)
+        optimizer.zero_grad()
+        objective.backward()
+        optimizer.step()
+    return points, head.weight.detach(), head.bias.detach()
 
 
 def noise(shape: str, dtype: torch.dtype, device: torch.device, names: Sequence[str]) -> Case:
@@ -247,8 +299,8 @@ def train_step(shape: str, dtype: torch.dtype, device: torch.device, names: Sequ
             return f.detach(), g.detach(), target
 
     steps: dict[str, Step] = {BOTH: TrainingStep(body, fc, sample, None)}
-    for name, backend in {"eager": "reference", **dict(zip(names, names, strict=True))}.items():
-        module = DiscriminativeLoss(num_classes, dim, backend=backend).to(device, dtype)
+    for name in (*names, "reference"):
+        module = DiscriminativeLoss(num_classes, dim, backend=name).to(device, dtype)
         steps[name] = TrainingStep(body, fc, sample, module)
     return Case("train-step", shape, (n, dim, num_classes), dtype, steps, peers=(BOTH,))
 

@@ -88,7 +88,5 @@ def _table(rows: list[report.Row]) -> Table:
     table = Table(*header, title=report.title(rows[0]), title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
     for row in rows:
         table.add_row(*report.cells(row), style="" if row["peer"] else "bold")
-    if "null_seconds" in rows[0]:
-        table.caption = f"an autograd Function that does nothing: {1e6 * rows[0]['null_seconds']['median']:.0f} µs"
-        table.caption_justify = "left"
+    table.caption, table.caption_justify = report.null_step(rows) or None, "left"
     return table

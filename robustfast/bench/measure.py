@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import subprocess
@@ -19,9 +20,14 @@ from torch import Tensor
 import robustfast
 
 LAST_LEVEL_CACHE = 64 << 20  # inputs rotate through at least as many bytes
-# What limits instruction sets: the kernels', PyTorch's, its compiler's, its libraries'.
-LIMITS = ("ROBUSTFAST_CPU_ISA", "ATEN_CPU_CAPABILITY", "TORCHINDUCTOR_CPP_MARCH", "MKL_ENABLE_INSTRUCTIONS",
-          "ONEDNN_MAX_CPU_ISA")  # fmt: skip
+# What holds a machine to AVX2: the kernels, PyTorch, its compiler, its libraries.
+HELD_TO_AVX2 = {
+    "ROBUSTFAST_CPU_ISA": "avx2",
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "TORCHINDUCTOR_CPP_MARCH": "haswell",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+}
 
 Step = Callable[[], object]
 
@@ -77,9 +83,10 @@ def interleave(
 ) -> dict[str, list[float | None]]:
     """Times of each step, round by round: every round calls each of them once, in an order that turns.
 
-    A first call of each warms up and shows its cost. A step so slow that it would take more than its equal share of
-    ``seconds`` is left out of later rounds (None there) once it has been timed three times, or once where one call
-    takes more than all of ``seconds``. There are at least five rounds.
+    A first call of each warms up, a second one shows its cost. A step so slow that it would take more than its equal
+    share of ``seconds`` is left out of later rounds (None there) once it has been timed as often as ``seconds`` allow,
+    three times at most; the call that showed the cost is the only one where more would not do. There are at least five
+    rounds.
     """
     cost = {}
     for name, step in steps.items():
@@ -88,12 +95,15 @@ def interleave(
     share = seconds / len(steps)
     fast = [name for name in steps if 3 * cost[name] <= share] or [min(cost, key=cost.__getitem__)]
     rounds = int(min(most, max(5, share * len(fast) / max(1e-9, sum(cost[name] for name in fast)))))
-    limits = {name: rounds if name in fast else 1 if cost[name] > seconds else 3 for name in steps}
+    limits = {name: rounds if name in fast else max(1, min(3, int(seconds / cost[name]))) for name in steps}
     times: dict[str, list[float | None]] = {name: [] for name in steps}
     names = list(steps)
     for i in range(rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
-            times[name].append(elapsed(steps[name], device) if i < limits[name] else None)
+            if limits[name] == 1:
+                times[name].append(None if i else cost[name])
+            else:
+                times[name].append(elapsed(steps[name], device) if i < limits[name] else None)
     return times
 
 
@@ -162,6 +172,8 @@ def peak_memory(step: Step, device: torch.device) -> int | None:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     try:
+        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+            trim(0)  # memory that earlier calls left would hide what this one takes
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
         before = _resident("VmRSS")
         step()
@@ -194,7 +206,7 @@ def environment(device: torch.device) -> dict:
         from robustfast import _C
 
         info["instruction_set"] = _C.build_info()["instruction_set"]
-    if limits := {name: os.environ[name] for name in LIMITS if name in os.environ}:
+    if limits := {name: os.environ[name] for name in HELD_TO_AVX2 if name in os.environ}:
         info["limits"] = limits
     return info | {"threads": torch.get_num_threads(), "cores": os.cpu_count()}
 

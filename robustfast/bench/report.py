@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-COLOURS = {"loop": "#b0b0b0", "eager": "#8a8a8a", "compiled": "#5f6b7a", "max-autotune": "#39424e"}
-OURS = "#1f6feb"
+PEER, OURS = "#8a8a8a", "#1f6feb"
+COLOURS = {"loop": "#b0b0b0", "eager": PEER, "compiled": "#5f6b7a", "max-autotune": "#39424e"}
 
 
 def tables(rows: Iterable[Row]) -> list[tuple[tuple[str, str, str], list[Row]]]:
@@ -19,16 +19,14 @@ def tables(rows: Iterable[Row]) -> list[tuple[tuple[str, str, str], list[Row]]]:
 
 def title(row: Row) -> str:
     """What a table is about: op, shape and sizes, dtype."""
-    sizes = row["sizes"]
-    named = (
-        "x".join(map(str, sizes))
-        if row["op"] == "noise"
-        else " ".join(f"{name}={size}" for name, size in zip("NDK", sizes, strict=False))
-    )
+    sizes, letters = row["sizes"], "PDK" if row["op"] == "margin" else "NDK"
+    named = " ".join(f"{letter}={size}" for letter, size in zip(letters, sizes, strict=False))
+    if row["op"] == "noise":
+        named = "x".join(map(str, sizes))
     return f"{row['op']} {row['shape']} ({named}, {row['dtype']})"
 
 
-HEADER = ("implementation", "ms", "p20-p80", "speedup", "of ceiling", "peak MiB")
+HEADER = ("implementation", "ms", "p20-p80", "speedup", "GB/s", "GFLOP/s", "of ceiling", "peak MiB")
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -45,6 +43,7 @@ def cells(row: Row) -> tuple[str, ...]:
         _digits(1e3 * time["median"]),
         f"{_digits(1e3 * time['p20'])}-{_digits(1e3 * time['p80'])}",
         faster,
+        *(_digits(row[what] / time["median"] / 1e9) if row[what] else "" for what in ("bytes", "flops")),
         f"{row['of_ceiling']:.0%}" if "of_ceiling" in row else "",
         "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.1f}",
     )
@@ -64,7 +63,8 @@ def machine(content: dict[str, Any]) -> str:
     where, ceilings = content["environment"], content["ceilings"]
     parts = [where["device"]]
     if "instruction_set" in where:
-        parts.append(f"{where['instruction_set']}, {where['threads']} threads")
+        held = " (a machine with more, held to that)" if "limits" in where else ""
+        parts.append(f"{where['instruction_set']}{held}, {where['threads']} threads")
     parts.append(f"torch {where['torch']}")
     parts.append(f"copy {ceilings['copy_gb_per_s']:.1f} GB/s")
     parts += [f"{dtype} products {rate:.0f} GFLOP/s" for dtype, rate in ceilings["matrix_gflop_per_s"].items()]
@@ -72,20 +72,25 @@ def machine(content: dict[str, Any]) -> str:
 
 
 def summary(content: dict[str, Any], ops: Sequence[str]) -> str:
-    """One markdown row a table: the peers, the fastest kernel, its speedup over the best of the peers."""
-    lines = ["| | eager, ms | compiled, ms | robustfast, ms | speedup | of the ceiling |", "|" + " --- |" * 6]
+    """One markdown row a table: plain PyTorch, the fastest kernel, its speedup over the best of what it is held to.
+
+    Of training steps, what they take without the method and with it.
+    """
+    speed = ["| | eager, ms | compiled, ms | robustfast, ms | speedup over | of the ceiling |", "|" + " --- |" * 6]
+    added = ["| | without the method, ms | with it, ms | more |", "|" + " --- |" * 4]
     for key, rows in tables(content["rows"]):
         if key[0] not in ops or not any("speedup" in row for row in rows):
             continue
         times = {row["implementation"]: _digits(1e3 * row["seconds"]["median"]) for row in rows}
-        ours = min((row for row in rows if "speedup" in row), key=lambda row: row["seconds"]["median"])
-        faster = ours["speedup"]
-        lines.append(
-            f"| {title(ours)} | {times.get('eager', '')} | {times.get('compiled', '')} | "
-            f"{times[ours['implementation']]} | {faster['median']:.1f}x ({faster['p20']:.1f}-{faster['p80']:.1f}) | "
-            f"{ours['of_ceiling']:.0%} |"
-        )
-    return "\n".join(lines)
+        kernels = [row for row in rows if "speedup" in row and row["implementation"] != "reference"]
+        ours = min(kernels, key=lambda row: row["seconds"]["median"])
+        name, over, ratio = title(ours), ours["speedup"]["over"], cells(ours)[HEADER.index("speedup")]
+        if key[0] == "train-step":
+            added.append(f"| {name} | {times[over]} | {times[ours['implementation']]} | {ratio} |")
+        else:
+            plain = " | ".join(times.get(peer, "") for peer in ("eager", "compiled"))
+            speed.append(f"| {name} | {plain} | {times[ours['implementation']]} | {ratio} | {ours['of_ceiling']:.0%} |")
+    return "\n\n".join("\n".join(table) for table in (speed, added) if len(table) > 2)
 
 
 def markdown(content: dict[str, Any]) -> str:
@@ -95,7 +100,16 @@ def markdown(content: dict[str, Any]) -> str:
         lines += [f"**{title(rows[0])}**", "", f"| {' | '.join(HEADER)} |", "|" + " --- |" * len(HEADER)]
         lines += [f"| {' | '.join(cells(row))} |" for row in rows]
         lines.append("")
+        if null := null_step(rows):
+            lines += [f"{null}.", ""]
     return "\n".join(lines)
+
+
+def null_step(rows: Sequence[Row]) -> str:
+    """What of a small problem's time no op can do without; empty where it was not measured."""
+    if "null_seconds" not in rows[0]:
+        return ""
+    return f"An autograd Function that does nothing takes {1e6 * rows[0]['null_seconds']['median']:.0f} µs of it"
 
 
 def charts(content: dict[str, Any], folder: Path) -> list[Path]:
@@ -119,9 +133,10 @@ def _bars(rows: Sequence[Row], folder: Path) -> list[Path]:
     )  # fmt: skip
     for axis, (_, of_group) in zip(axes[:, 0], groups, strict=True):
         names = [row["implementation"] for row in of_group]
+        colours = [COLOURS.get(row["implementation"], PEER if row["peer"] else OURS) for row in of_group]
         times = [1e3 * row["seconds"]["median"] for row in of_group]
         errors = [[1e3 * abs(row["seconds"]["median"] - row["seconds"][p]) for row in of_group] for p in ("p20", "p80")]
-        axis.barh(names, times, xerr=errors, color=[COLOURS.get(name, OURS) for name in names], height=0.7)
+        axis.barh(names, times, xerr=errors, color=colours, height=0.7)
         axis.set_xscale("log")
         axis.invert_yaxis()
         axis.set_title(title(of_group[0]), fontsize=9, loc="left")

@@ -51,6 +51,7 @@ def rows_of(case: Case, ceilings: Ceilings, seconds: float, graphs: bool = False
     times = interleave(steps, device, seconds)
     floor, null = ceilings.floor(case), times.pop("null", None)
     peers = [name for name in times if name.removesuffix(" graph") in case.peers]
+    ours = [name for name in times if name not in peers and name.removesuffix(" graph") not in cases.PEERS]
     middle = {name: Spread.of(present(values)) for name, values in times.items()}
     best = min(peers, key=lambda name: middle[name].median, default=None)
     rows = []
@@ -58,12 +59,12 @@ def rows_of(case: Case, ceilings: Ceilings, seconds: float, graphs: bool = False
         row: Row = {"op": case.op, "shape": case.shape, "sizes": list(case.sizes),
                     "dtype": str(case.dtype).removeprefix("torch."), "implementation": name,
                     "seconds": asdict(middle[name]), "rounds": len(present(values)), "bytes": case.bytes,
-                    "flops": case.flops, "peer": name in peers}  # fmt: skip
+                    "flops": case.flops, "peer": name not in ours}  # fmt: skip
         if floor:
             row |= {"floor_seconds": floor, "of_ceiling": floor / middle[name].median}
         if null is not None:
             row["null_seconds"] = asdict(Spread.of(present(null)))
-        if best is not None and name not in peers:
+        if best is not None and name in ours:
             row["speedup"] = {"over": best, **asdict(Spread.of(ratios(times[best], values)))}
         row["peak_bytes"] = peak_memory(steps[name], device) if not name.endswith("graph") else None
         rows.append(row)
