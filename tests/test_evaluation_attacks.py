@@ -2,6 +2,7 @@
 
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,9 @@ from torch import nn
 
 from robustfast.evaluation import attack, audited_attack, autoattack, random_search
 from robustfast.evaluation.attacks import _checkpoints, inside, judged
+from robustfast.evaluation.measurements import Attack, Draws
+from robustfast.evaluation.stream import measure
+from robustfast.evaluation.summary import summarise
 
 X = images(16)
 NET = Net().eval()
@@ -92,6 +96,32 @@ def test_audit_of_an_honest_model_and_of_masked_gradients():
     assert any("has no gradient" in warning for warning in found.warnings)
     assert any("gradients may be masked" in warning for warning in found.warnings)
     assert found.searched.sum() < found.right.sum()
+
+
+def test_the_table_of_an_attack_carries_its_audit(tmp_path):
+    def masked(x):
+        return NET((x * 20).round() / 20)
+
+    y = masked(X).argmax(1)
+    chosen = [Draws("clean", None), Attack("strong", "linf", 0.15, steps=4, queries=100)]
+    columns, about = measure(masked, [(X, y)], chosen, tmp_path)
+    summary = summarise(columns, about)
+    (found,) = summary["attacks"]
+    assert found["searched"] < found["accuracy"] <= found["fewer_steps"] <= found["smaller_radius"] == 1.0
+    assert found["still"] == 1.0 and 0 < found["longest"] <= 0.15 + 1e-6 and not found["outside"]
+    assert len(summary["warnings"]) == 1 and "strong: gradients may be masked" in summary["warnings"][0]
+
+    def doubts(**changes):
+        changed = {f"strong/{part}": np.full_like(columns[f"strong/{part}"], value) for part, value in changes.items()}
+        return " ".join(summarise({**columns, **changed}, about)["warnings"])
+
+    assert "a quarter of the steps leaves 0.0% right" in doubts(fewer=False)
+    assert "an attacked image lies outside of the ball" in doubts(length=0.2)
+    assert "radius 0 moves 100.0% of the images" in doubts(still=False)
+    wrong = {"clean/prediction": columns["clean/prediction"] + 1}
+    assert "more images are right than at a smaller radius" in " ".join(
+        summarise({**columns, **wrong}, about)["warnings"]
+    )
 
 
 def test_mistakes_are_named():

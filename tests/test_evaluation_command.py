@@ -248,7 +248,14 @@ def test_page_holds_everything_and_fetches_nothing(place):
     assert all(source.startswith("data:image/png;base64,") for source in page.sources) and page.sources
     assert "http" not in re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]*", "", text) and "@import" not in text
     assert [title for title in FIGURES if title not in page.titles] == []
-    assert sum("principal components" in title for title in page.titles) == 2
+    for projection in ("two principal components", "t-SNE"):
+        assert sum(projection in title for title in page.titles) == 2
+    audit = text[text.index("Audit of the attacks") :]
+    checks = (
+        "a quarter of the steps", "next smaller radius", "black-box search", "radius 0: unmoved", "longest move / ε",
+        "no gradient",
+    )  # fmt: skip
+    assert all(f"<th>{check}</th>" in audit for check in checks) and audit.count("<td>normal, linf") == 3
     for name in ("normal-0", "discriminative-0"):
         about = disk.read_json(place / name / "evaluation-paper/results.json")["about"]
         assert about["model"] in text
@@ -298,7 +305,7 @@ def test_page_in_a_browser(place, tmp_path, width):
     assert title, shown.stderr
     fits, widths, loaded = json.loads(title[1])
     assert fits and loaded, "nothing is wider than the window but what scrolls within it"
-    assert len(widths) == len(FIGURES) + 2 and min(widths) > 300
+    assert len(widths) == len(FIGURES) + 4 and min(widths) > 300, "projections of two models besides"
 
 
 def test_code_of_the_documentation_runs(place, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,11 @@ import torch
 
 from robustfast.evaluation import figures
 from robustfast.evaluation.evaluated import Evaluated, Models, corruption_errors, mean_of, mean_std
-from robustfast.evaluation.features import principal_components
+from robustfast.evaluation.features import principal_components, tsne
 from robustfast.evaluation.figures import Series
 from robustfast.evaluation.summary import QUARTILES
 
-PROJECTED = 400  # images in a projection
+PROJECTED, EMBEDDED = 400, 200  # images in a projection, and in t-SNE, which takes a second for as many
 CLASS_BARS, CLASS_COLUMNS = 20, 30  # classes at the most in a figure of bars, and in a table
 
 Part = str | dict[str, Any]  # a figure, or a table
@@ -195,12 +196,7 @@ def calibration(models: Models) -> Iterator[Part]:
 
 def features(models: Models) -> Iterator[Part]:
     for m in models.firsts("features"):
-        clean, noisy = (torch.from_numpy(m.columns[f"features/{view}"][:PROJECTED]) for view in ("clean", "noisy"))
-        if clean.shape[0] > 2 and clean.shape[1] > 1:
-            found = principal_components(clean, noisy)
-            title = f"{m.group}: two principal components, {found.kept:.0%} of the variance"
-            labels = m.columns["label"][:PROJECTED].tolist()
-            yield figures.scatter(found.clean.tolist(), found.noisy.tolist(), labels, title)
+        yield from _projections(m)
     titles = {
         "compactness": "Distance of clean features from their centroid",
         "alignment": "Distance of noisy features from the clean centroid",
@@ -213,6 +209,20 @@ def features(models: Models) -> Iterator[Part]:
         ]
         if series and len(models.classes) <= CLASS_BARS:
             yield figures.bars([str(name)[:8] for name in models.classes], series, "distance", title=title)
+
+
+def _projections(m: Evaluated) -> Iterator[Part]:
+    """Features on two principal components and, where scikit-learn is installed, embedded by t-SNE."""
+    clean, noisy = (torch.from_numpy(m.columns[f"features/{view}"][:PROJECTED]) for view in ("clean", "noisy"))
+    if clean.shape[0] <= 2 or clean.shape[1] <= 1:
+        return
+    found = principal_components(clean, noisy)
+    labels = m.columns["label"][:PROJECTED].tolist()
+    title = f"{m.group}: two principal components, {found.kept:.0%} of the variance"
+    yield figures.scatter(found.clean.tolist(), found.noisy.tolist(), labels, title)
+    if find_spec("sklearn"):
+        found = tsne(clean[:EMBEDDED], noisy[:EMBEDDED])
+        yield figures.scatter(found.clean.tolist(), found.noisy.tolist(), labels[:EMBEDDED], f"{m.group}: t-SNE")
 
 
 def classes(models: Models) -> Iterator[Part]:
