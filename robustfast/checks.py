@@ -105,6 +105,25 @@ def discriminative_loss(input, input_noise, target, weight, bias, centroids, see
         raise ValueError("centroids, seen: expected contiguous tensors, which the step can write to")
 
 
+def linear_cross_entropy(input, weight, target, bias, label_smoothing) -> None:
+    """Of a batch and the classifier, or the part of it that this rank has."""
+    _dtype("input", input, FLOATING)
+    if input.dim() != 2:
+        raise ValueError(f"input: expected shape (N, D), got {tuple(input.shape)}")
+    _dtype("target", target, LABELS)
+    _shape("target", target, (input.shape[0],), input)
+    _whole("weight", weight)
+    _dtype("weight", weight, FLOATING)
+    if weight.dim() != 2:
+        raise ValueError(f"weight: expected shape (K, D), got {tuple(weight.shape)}")
+    _shape("weight", weight, (weight.shape[0], input.shape[1]), input)
+    if bias is not None:
+        _dtype("bias", bias, FLOATING)
+        _shape("bias", bias, (weight.shape[0],), input)
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing: expected a number from 0 to 1, got {label_smoothing!r}")
+
+
 def loss_settings(settings: Settings, norm: int, ignore_index: int = -100) -> None:
     if norm not in (1, 2):
         raise ValueError(f"norm: expected 1 or 2, got {norm!r}")

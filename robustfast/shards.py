@@ -1,0 +1,114 @@
+"""Classes split over ranks: which rank has which rows, and how batches, rows and winners come together.
+
+Every rank has torch.chunk's block of the classes, which is also how DTensor's Shard(0) lays out a table; the last ranks
+may have none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from robustfast import collectives
+
+
+class Block(NamedTuple):
+    """This rank's block of the classes that the ranks of ``group`` share."""
+
+    num_classes: int  # of all ranks
+    first: int
+    count: int
+    group: Any
+
+    @classmethod
+    def of(cls, num_classes: int, group: Any) -> Block:
+        most = -(-num_classes // collectives.size(group))
+        first = min(collectives.rank(group) * most, num_classes)
+        return cls(num_classes, first, min(most, num_classes - first), group)
+
+    def local(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of this rank's tables for ids of classes, and which of them are its own; the others' row is 0."""
+        row = ids.long() - self.first
+        mine = (row >= 0) & (row < self.count)
+        return torch.where(mine, row, 0), mine
+
+
+class Batch(NamedTuple):
+    """The batches of all ranks one after the other, each filled up to the same length with ignored samples."""
+
+    input: Tensor
+    input_noise: Tensor | None
+    target: Tensor
+    mine: slice  # this rank's samples
+
+
+def gather_batch(
+    input: Tensor, input_noise: Tensor | None, target: Tensor, group: Any, ignore_index: int, max_batch: int | None
+) -> Batch:
+    """The global batch of ranks with any number of samples.
+
+    Without ``max_batch``, a number that no rank's batch exceeds, the ranks tell each other their sizes first, for which
+    the host waits.
+    """
+    n = len(input)
+    target = target.long()  # one dtype on all ranks, which holds ignore_index
+    if group is None:
+        return Batch(input, input_noise, target, slice(0, n))
+    most = _largest_batch(input, input_noise, group) if max_batch is None else max_batch
+    if n > most:
+        raise ValueError(f"max_batch: expected no fewer than the samples of each rank, got {most} beside {n} samples")
+    first = collectives.rank(group) * most
+    noise = None if input_noise is None else collectives.all_gather(_filled(input_noise, most, 0), group)
+    return Batch(
+        collectives.all_gather(_filled(input, most, 0), group),
+        noise,
+        collectives.all_gather(_filled(target, most, ignore_index), group),
+        slice(first, first + n),
+    )
+
+
+def _largest_batch(input: Tensor, input_noise: Tensor | None, group: Any) -> int:
+    mine = torch.tensor([len(input), input_noise is not None], device=input.device)
+    sizes, noisy = collectives.all_gather(mine.unsqueeze(0), group).unbind(1)
+    if len(set(noisy.tolist())) > 1:
+        raise ValueError(f"input_noise: expected a noisy view on all ranks or on none, got {noisy.tolist()}")
+    return int(sizes.max())
+
+
+def _filled(rows: Tensor, size: int, value: int) -> Tensor:
+    return torch.cat([rows, rows.new_full((size - len(rows), *rows.shape[1:]), value)])
+
+
+def fetch(block: Block, ids: Tensor, tables: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Rows ``ids`` (R,) of tables (K, ...), of which each rank has its block, on every rank; zeros for ids below 0.
+
+    One all-reduce of integers, in which all ranks but one add 0: the rows arrive bit for bit, nan too.
+    """
+    local, mine = block.local(ids)
+    shapes = [(len(ids), *table.shape[1:]) for table in tables]
+    widths = [table[0:0].flatten(1).shape[1] if table.dim() > 1 else 1 for table in tables]
+    rows = torch.zeros(len(ids), sum(widths), dtype=dtype, device=ids.device)
+    if block.count:
+        own = [table[local].to(dtype).reshape(len(ids), width) for table, width in zip(tables, widths, strict=True)]
+        rows = torch.where(mine.unsqueeze(1), torch.cat(own, 1), rows)
+    bits = rows.view(torch.int64 if dtype == torch.float64 else torch.int32)
+    rows = collectives.all_reduce(bits, "SUM", block.group).view(dtype)
+    return [part.reshape(shape) for part, shape in zip(rows.split(widths, 1), shapes, strict=True)]
+
+
+def best_of_ranks(score: Tensor, winner: Tensor, block: Block) -> Tensor:
+    """The winner (R,) of all classes, -1 where no rank has one, of each rank's best score and its row (R,).
+
+    MAX of the score, then MIN of the class among those that have it: exact, the lowest class on ties; nan wins.
+    """
+    score = torch.where(score.isnan(), torch.nan, score + 0.0)  # one nan, and no negative zero
+    bits = score.view(torch.int64 if score.dtype == torch.float64 else torch.int32)
+    order = torch.where(bits < 0, bits ^ torch.iinfo(bits.dtype).max, bits)  # of integers as of floats, nan at the top
+    best = collectives.all_reduce(order.clone(), "MAX", block.group)
+    none = torch.iinfo(winner.dtype).max
+    classes = torch.where((order == best) & (winner >= 0), winner + block.first, none)
+    classes = collectives.all_reduce(classes, "MIN", block.group)
+    return torch.where(classes == none, -1, classes)
