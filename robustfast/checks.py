@@ -77,7 +77,8 @@ def _affine(fc, input: Tensor) -> None:
     _affine_modules.add(fc)
 
 
-def discriminative_loss(input, input_noise, target, weight, bias, centroids, seen) -> None:
+def discriminative_loss(input, input_noise, target, weight, bias, centroids, seen, least: int = 2) -> None:
+    """``least`` classes at least, or fewer where others have them."""
     _dtype("input", input, FLOATING)
     if input.dim() != 2:
         raise ValueError(f"input: expected shape (N, D), got {tuple(input.shape)}")
@@ -87,8 +88,8 @@ def discriminative_loss(input, input_noise, target, weight, bias, centroids, see
     _like("target", target, LABELS, (n,), input)
     _whole("weight", weight)
     _dtype("weight", weight, FLOATING)
-    if weight.dim() != 2 or weight.shape[0] < 2:
-        raise ValueError(f"weight: expected shape (K, D) with at least 2 classes, got {tuple(weight.shape)}")
+    if weight.dim() != 2 or weight.shape[0] < least:
+        raise ValueError(f"weight: expected shape (K, D) with at least {least} classes, got {tuple(weight.shape)}")
     classes = weight.shape[0]
     _shape("weight", weight, (classes, dim), input)
     if bias is not None:

@@ -130,3 +130,12 @@ def mean(values: Tensor, group: Any, counted: Tensor | None = None) -> Tensor:
     count = count.to(values.device, torch.float64)
     dist.all_reduce(count, group=group)
     return values.sum() * (dist.get_world_size(group) / count.clamp(min=1)).to(values.dtype)
+
+
+def __getattr__(name: str) -> Any:
+    """What stands on the loss, which stands on this module."""
+    if name == "ShardedDiscriminativeLoss":
+        from robustfast import sharded
+
+        return sharded.ShardedDiscriminativeLoss
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

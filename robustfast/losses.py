@@ -69,8 +69,8 @@ class DiscriminativeLoss(nn.Module):
         self.alpha, self.beta, self.gamma, self.momentum = alpha, beta, gamma, momentum
         self.ignore_index, self.backend = ignore_index, backend
         self.process_group, self.return_terms = process_group, return_terms
-        self.register_buffer("centroids", torch.zeros(num_classes, dim, dtype=torch.float32))
-        self.register_buffer("seen", torch.zeros(num_classes, dtype=torch.bool))
+        self.register_buffer("centroids", torch.zeros(self._classes_here(), dim, dtype=torch.float32))
+        self.register_buffer("seen", torch.zeros(self._classes_here(), dtype=torch.bool))
 
     def forward(self, input: Tensor, input_noise: Tensor | None, target: Tensor, fc: Any) -> Tensor | Terms:
         """The loss of a batch.
@@ -104,6 +104,9 @@ class DiscriminativeLoss(nn.Module):
             f"delta_dist={self.delta_dist}, norm={self.norm}, alpha={self.alpha}, beta={self.beta}, "
             f"gamma={self.gamma}, momentum={self.momentum}, backend={self.backend!r}"
         )
+
+    def _classes_here(self) -> int:
+        return self.num_classes
 
     def reset_parameters(self) -> None:
         """Forgets all centroids; what a module on the meta device needs after ``to_empty``, which does it by itself."""

@@ -1,9 +1,9 @@
 """The loss and its classifier for more classes than one device holds: each rank has a block of the classes.
 
-All ranks' features are gathered, so that every rank knows the classes of the global batch as rows of small tables. What
-the tables need of W, b and the state is fetched from the ranks that have it; each rank searches the winners among its
-own classes, the best of all ranks' are fetched, and from there on all ranks compute the same loss. A rank keeps the
-gradients of its own samples and of its own classes, and writes its own part of the state: backward needs no collective.
+The features of all ranks are gathered, so that every rank has the classes of the global batch as rows of small tables.
+What they need of W, b and the state is fetched from the ranks that have it; each rank searches winners among its own
+classes, the best of all ranks are fetched, and from there on every rank computes the same loss. A rank keeps the
+gradients of its own samples and of its own classes and writes its own part of the state: backward has no collective.
 """
 
 from __future__ import annotations
@@ -19,46 +19,259 @@ from robustfast.autograd import once_differentiable
 from robustfast.backends import resolve
 from robustfast.checks import wide_dtype
 from robustfast.cross_entropy import cross_entropy, linear_cross_entropy
-from robustfast.reference import Settings, Terms
+from robustfast.losses import DiscriminativeLoss
+from robustfast.reference import Groups, Settings, Terms
 from robustfast.shards import Block, best_of_ranks, fetch, gather_batch
 
 
+def discriminative_loss(
+    block: Block,
+    input: Tensor,
+    input_noise: Tensor | None,
+    target: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    centroids: Tensor,
+    seen: Tensor,
+    settings: Settings,
+    *,
+    norm: int,
+    update_state: bool,
+    ignore_index: int,
+    max_batch: int | None,
+    backend: str,
+) -> Terms:
+    """As robustfast.functional's, of all ranks' batches; weight, bias and state are this rank's block of the classes."""
+    target = checks.integer_labels(target)
+    checks.discriminative_loss(input, input_noise, target, weight, bias, centroids, seen, least=0)
+    checks.loss_settings(settings, norm, ignore_index)
+    chosen = resolve(backend, input.device.type, "discriminative_loss")
+    moves = update_state and reference.state_moves()
+    if moves:
+        checks.state(centroids, seen)
+    loss, terms = ShardedLossFunction.apply(
+        chosen, input, input_noise, target, weight, bias, centroids, seen, block,
+        *functional.as_arguments(settings), norm, moves, ignore_index, max_batch,
+    )  # fmt: skip
+    return Terms(loss, *terms.unbind())
+
+
 class ShardedLossFunction(torch.autograd.Function):
-    """(loss, terms), as DiscriminativeLossFunction, of the batches of all ranks and the blocks of all ranks."""
+    """(loss, terms) as DiscriminativeLossFunction has them, of all ranks' batches and all ranks' classes."""
 
     @staticmethod
     def forward(
         ctx, backend, input, input_noise, target, weight, bias, centroids, seen, block, settings, scheduled, norm,
         update_state, ignore_index, max_batch,
     ):  # fmt: skip
-        step = steps.of(backend)
+        step, s, wide = steps.of(backend), steps.as_settings(settings, scheduled), wide_dtype(input)
         with torch.autocast(input.device.type, enabled=False):
             batch = gather_batch(input, input_noise, target, block.group, ignore_index, max_batch)
             checks.labels(batch.target, block.num_classes, ignore_index)
             groups = reference.group(batch.target, block.num_classes, ignore_index)
-            rows, wide = len(groups.classes), wide_dtype(input)
-            label = groups.slot.masked_fill(groups.slot == rows, -1)
-            counts = groups.counts.to(wide)
-            s = steps.as_settings(settings, scheduled)
+            rows, counts = len(groups.classes), groups.counts.to(wide)
+            row = groups.slot.masked_fill(groups.slot == rows, -1)
 
-            biases = () if bias is None else (bias,)
-            weight_c, previous, known, *bias_c = fetch(block, groups.classes, (weight, centroids, seen, *biases), wide)
-            mu = step.class_sums(batch.input, label, rows, -1)[:, :-1] / counts.clamp(min=1).unsqueeze(1)
-            tau = torch.where(known > 0, 1 - s.momentum, 1)
-            centroid = torch.where(known.unsqueeze(1) > 0, tau.unsqueeze(1) * mu + s.momentum * previous, mu)
+            bias_of = () if bias is None else (bias,)
+            weight_c, previous, known, *bias_c = fetch(block, groups.classes, (weight, centroids, seen, *bias_of), wide)
+            mu = step.class_sums(batch.input, row, rows, -1)[:, :-1] / counts.clamp(min=1).unsqueeze(1)
+            tau = torch.where(known > 0, 1 - s.momentum, torch.ones_like(known))
+            blended = tau.unsqueeze(1) * mu + s.momentum * previous
+            centroid = torch.where(known.unsqueeze(1) > 0, blended, mu)
             if update_state:
                 write_block(block, groups, centroid, centroids, seen)
 
             sample_share = groups.taken / (groups.present * counts.clamp(min=1))
             slot, pull, pull_sum, (compactness, alignment) = step.class_pulls(
-                batch.input, batch.input_noise, label, centroid, sample_share, settings, scheduled, norm, -1
+                batch.input, batch.input_noise, row, centroid, sample_share, settings, scheduled, norm, -1
             )
-            winner = winners(step, block, mu, weight_c, bias_c, weight, bias)
-            weight_w, *bias_w = fetch(block, winner, (weight, *biases), wide)
+            winner = winners(step, block, mu, weight_c, *(bias_c or (None,)), weight, bias)
+            weight_w, *bias_w = fetch(block, winner, (weight, *bias_of), wide)
             mu_grad, boundary_grad, boundary_bias, winner, (margin, regularization) = step.finish(
-                mu, centroid, pull_sum, counts, tau, weight_c, *(bias_c or [None]), weight_w, *(bias_w or [None]),
+                mu, centroid, pull_sum, counts, tau, weight_c, *(bias_c or (None,)), weight_w, *(bias_w or (None,)),
                 winner, settings, scheduled, norm,
             )  # fmt: skip
             variance = compactness if input_noise is None else (compactness + alignment) / 2
             loss = s.alpha * variance + s.beta * margin + s.gamma * regularization
-        ...
+            terms = torch.stack((variance, margin, regularization, compactness, alignment))
+
+        tables, classes = torch.stack((centroid, mu_grad, boundary_grad)), torch.stack((groups.classes.int(), winner))
+        ctx.save_for_backward(
+            input, input_noise, slot[batch.mine], pull[:, batch.mine].contiguous(), tables, classes, boundary_bias,
+            weight, bias,
+        )  # fmt: skip
+        ctx.backend, ctx.block, ctx.norm = backend, block, norm
+        ctx.mark_non_differentiable(terms)
+        ctx.set_materialize_grads(False)  # no zeros for the gradient of the terms
+        return loss, terms
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss, _):
+        needs = ctx.needs_input_grad
+        if grad_loss is None:
+            return (None,) * len(needs)
+        *saved, weight, bias = ctx.saved_tensors
+        *_, tables, classes, boundary_bias = saved
+        grad_input, grad_input_noise, *_ = steps.of(ctx.backend).discriminative_loss_backward(
+            grad_loss * collectives.size(ctx.block.group),  # by which DistributedDataParallel divides
+            *saved, ctx.block.num_classes, weight.dtype, weight.dtype, ctx.norm, [needs[1], needs[2], False, False],
+        )  # fmt: skip
+        return (
+            None,
+            grad_input if needs[1] else None,
+            grad_input_noise if needs[2] else None,
+            None,
+            block_gradient(ctx.block, classes, grad_loss * tables[2]).to(weight.dtype) if needs[4] else None,
+            block_gradient(ctx.block, classes, grad_loss * boundary_bias).to(bias.dtype) if needs[5] else None,
+            *(None,) * (len(needs) - 6),
+        )
+
+
+def winners(
+    step: Any, block: Block, mu: Tensor, weight_c: Tensor, bias_c: Tensor | None, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """The winner (R,) of each row's margin among the classes of all ranks, -1 where there is none."""
+    if block.count:
+        score, winner = step.margin_search(mu, weight_c, bias_c, weight, bias)
+    else:
+        score, winner = mu.new_full((len(mu),), -math.inf), mu.new_full((len(mu),), -1, dtype=torch.int32)
+    return best_of_ranks(score, winner, block)
+
+
+@torch.no_grad()
+def write_block(block: Block, groups: Groups, centroid: Tensor, centroids: Tensor, seen: Tensor) -> None:
+    """The state of this rank's classes in the batch, as reference.write_state has it."""
+    if not block.count or not len(centroid):
+        return
+    place, mine = block.local(groups.classes)
+    write = mine & groups.taken & centroid.isfinite().all(1)
+    first = write.int().argmax()  # other rows repeat it, so that no two write different values to one place
+    row = torch.where(write, torch.arange(len(write), device=write.device), first)
+    place, write = place[row], write[row]
+    centroids[place] = torch.where(write.unsqueeze(1), centroid[row], centroids[place])
+    seen[place] = seen[place] | write
+
+
+def block_gradient(block: Block, classes: Tensor, per_row: Tensor) -> Tensor:
+    """(K_r, ...): what the rows (R, ...) give to those winners and, with a minus, to those classes that are here."""
+    grad = per_row.new_zeros(block.count, *per_row.shape[1:])
+    if not block.count:
+        return grad
+    own, winner = classes.unbind()
+    place, mine = block.local(torch.cat((winner, own)))
+    mine = mine & (winner >= 0).repeat(2)
+    elsewhere = torch.arange(len(place), device=place.device) % block.count  # zeros, not all of them to one place
+    values = torch.cat((per_row, -per_row)).masked_fill(~mine.view(-1, *(1,) * (per_row.dim() - 1)), 0)
+    return grad.index_put_((torch.where(mine, place, elsewhere),), values, accumulate=True)  # in a fixed order
+
+
+class ShardedDiscriminativeLoss(DiscriminativeLoss):
+    """DiscriminativeLoss together with its classifier, the classes of both split over the ranks of a group.
+
+    Each rank has torch.chunk's block of the K classes, K_r of them, the last ranks perhaps none: parameters ``weight``
+    (K_r, dim) and ``bias`` (K_r,), buffers ``centroids`` (K_r, dim) and ``seen`` (K_r,). What all ranks give it counts
+    as one batch, of any number of samples each; every rank makes every call, evaluation's too. docs/scaling.md has
+    its memory and its traffic.
+
+    Gradients of the features are right after DistributedDataParallel's averaging; those of ``weight`` and ``bias`` are
+    right as they are, so DistributedDataParallel and FSDP must leave this module out.
+
+    ``state_dict()`` has DTensors, Shard(0), of the global shapes (K, dim) and (K,), under the names of an nn.Linear's
+    and a DiscriminativeLoss's state together, and ``load_state_dict()`` takes such ones and whole tensors:
+    :func:`robustfast.distributed.save_checkpoint` and ``load_checkpoint`` keep and reshard them. In one process
+    without a group all tensors are plain and everything equals the plain loss.
+
+    Args:
+        num_classes: K >= 2, of all ranks together.
+        dim: D, the number of penultimate features.
+        arguments, keywords: the other arguments of :class:`~robustfast.DiscriminativeLoss`.
+        process_group: as DiscriminativeLoss's; it is settled here, since it says which classes a rank has.
+        bias: whether there is a bias.
+        max_batch: a number of samples that no rank's batch exceeds. Without it the ranks tell each other the sizes of
+            their batches at each step, and on a GPU the host waits for them.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        num_classes: int,
+        dim: int,
+        *arguments: Any,
+        process_group: Any,
+        bias: bool = True,
+        max_batch: int | None = None,
+        **keywords: Any,
+    ) -> None:
+        super().__init__(num_classes, dim, *arguments, process_group=process_group, **keywords)
+        self.max_batch = max_batch
+        self.weight = nn.Parameter(torch.empty(self._classes_here(), dim))
+        self.register_parameter("bias", nn.Parameter(torch.empty(self._classes_here())) if bias else None)
+        self.reset_parameters()
+
+    def forward(  # type: ignore[override]
+        self, input: Tensor, input_noise: Tensor | None, target: Tensor
+    ) -> Tensor | Terms:
+        """The loss of the global batch, the same on every rank.
+
+        Args:
+            input: this rank's clean features (N, dim); N may be another on each rank, and 0.
+            input_noise: features (N, dim) of the noisy views on all ranks, or None on all of them.
+            target: labels (N,) among all K classes.
+
+        Returns:
+            The scalar loss, or all of :class:`~robustfast.functional.Terms` where ``return_terms`` holds.
+
+        Raises:
+            ValueError: also where some ranks have noisy views and others have none.
+        """
+        block, settings = self._block(), {name: getattr(self, name) for name in Settings._fields}
+        options = {"norm": self.norm, "update_state": self.training, "ignore_index": self.ignore_index}
+        tensors = input, input_noise, target, self.weight, self.bias, self.centroids, self.seen
+        if block.group is None:
+            terms = functional.discriminative_loss(*tensors, backend=self.backend, **settings, **options)
+        else:
+            terms = discriminative_loss(
+                block, *tensors, Settings(**settings), max_batch=self.max_batch, backend=self.backend, **options
+            )
+        return terms if self.return_terms else terms.loss
+
+    def cross_entropy(self, input: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """The cross entropy of the logits of all K classes, its mean over the samples of all ranks that count.
+
+        The logits (N, K) never exist; see :func:`robustfast.functional.linear_cross_entropy`, also for the arguments.
+        """
+        block = self._block()
+        options = {"ignore_index": self.ignore_index, "label_smoothing": label_smoothing}
+        if block.group is None:
+            return linear_cross_entropy(input, self.weight, target, self.bias, **options)
+        target = checks.integer_labels(target)
+        checks.linear_cross_entropy(input, self.weight, target, self.bias, label_smoothing)
+        return cross_entropy(input, target, self.weight, self.bias, block, max_batch=self.max_batch, **options)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, bias={self.bias is not None}"
+
+    def reset_parameters(self) -> None:
+        """Forgets all centroids and draws weight and bias as nn.Linear does, the same for any number of ranks."""
+        super().reset_parameters()
+        if self.weight.is_meta:
+            return
+        block = self._block()
+        seed = torch.randint(2**63 - 1, (), device=self.weight.device)
+        collectives.all_reduce(seed, "MAX", block.group)
+        ids = torch.arange(block.first, block.first + block.count, device=seed.device)
+        zero, bound = torch.zeros((), dtype=self.weight.dtype, device=seed.device), 1 / math.sqrt(self.dim)
+        for draw, parameter in enumerate(self.parameters()):  # bias has a draw of its own
+            table = parameter.detach()
+            functional.uniform_noise(
+                zero.expand_as(table), bound, seed=seed, sample_ids=ids, draw=draw, clip=None, out=table
+            )
+
+    def _block(self) -> Block:
+        return Block.of(self.num_classes, distributed.resolve(self.process_group))
+
+    def _classes_here(self) -> int:
+        return self._block().count
