@@ -134,8 +134,9 @@ def mean(values: Tensor, group: Any, counted: Tensor | None = None) -> Tensor:
 
 def __getattr__(name: str) -> Any:
     """What stands on the loss, which stands on this module."""
-    if name == "ShardedDiscriminativeLoss":
-        from robustfast import sharded
+    from robustfast import checkpoint, sharded
 
-        return sharded.ShardedDiscriminativeLoss
+    for module in (sharded, checkpoint):
+        if name in module.__all__:
+            return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

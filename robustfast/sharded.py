@@ -23,9 +23,10 @@ from robustfast.losses import DiscriminativeLoss
 from robustfast.reference import Groups, Settings, Terms
 from robustfast.shards import Block, best_of_ranks, fetch, gather_batch
 
+__all__ = ["ShardedDiscriminativeLoss"]
+
 
 def discriminative_loss(
-    block: Block,
     input: Tensor,
     input_noise: Tensor | None,
     target: Tensor,
@@ -33,17 +34,19 @@ def discriminative_loss(
     bias: Tensor | None,
     centroids: Tensor,
     seen: Tensor,
-    settings: Settings,
     *,
+    block: Block,
     norm: int,
     update_state: bool,
     ignore_index: int,
     max_batch: int | None,
     backend: str,
+    **numbers: float,
 ) -> Terms:
-    """As robustfast.functional's, of all ranks' batches; weight, bias and state are this rank's block of the classes."""
+    """As robustfast.functional's, of all ranks' batches; weight, bias and state are this rank's part of the classes."""
     target = checks.integer_labels(target)
     checks.discriminative_loss(input, input_noise, target, weight, bias, centroids, seen, least=0)
+    settings = Settings(**numbers)
     checks.loss_settings(settings, norm, ignore_index)
     chosen = resolve(backend, input.device.type, "discriminative_loss")
     moves = update_state and reference.state_moves()
@@ -132,7 +135,7 @@ def winners(
     step: Any, block: Block, mu: Tensor, weight_c: Tensor, bias_c: Tensor | None, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
     """The winner (R,) of each row's margin among the classes of all ranks, -1 where there is none."""
-    if block.count:
+    if block.size:
         score, winner = step.margin_search(mu, weight_c, bias_c, weight, bias)
     else:
         score, winner = mu.new_full((len(mu),), -math.inf), mu.new_full((len(mu),), -1, dtype=torch.int32)
@@ -142,7 +145,7 @@ def winners(
 @torch.no_grad()
 def write_block(block: Block, groups: Groups, centroid: Tensor, centroids: Tensor, seen: Tensor) -> None:
     """The state of this rank's classes in the batch, as reference.write_state has it."""
-    if not block.count or not len(centroid):
+    if not block.size or not len(centroid):
         return
     place, mine = block.local(groups.classes)
     write = mine & groups.taken & centroid.isfinite().all(1)
@@ -155,13 +158,13 @@ def write_block(block: Block, groups: Groups, centroid: Tensor, centroids: Tenso
 
 def block_gradient(block: Block, classes: Tensor, per_row: Tensor) -> Tensor:
     """(K_r, ...): what the rows (R, ...) give to those winners and, with a minus, to those classes that are here."""
-    grad = per_row.new_zeros(block.count, *per_row.shape[1:])
-    if not block.count:
+    grad = per_row.new_zeros(block.size, *per_row.shape[1:])
+    if not block.size:
         return grad
     own, winner = classes.unbind()
     place, mine = block.local(torch.cat((winner, own)))
     mine = mine & (winner >= 0).repeat(2)
-    elsewhere = torch.arange(len(place), device=place.device) % block.count  # zeros, not all of them to one place
+    elsewhere = torch.arange(len(place), device=place.device) % block.size  # zeros, not all of them to one place
     values = torch.cat((per_row, -per_row)).masked_fill(~mine.view(-1, *(1,) * (per_row.dim() - 1)), 0)
     return grad.index_put_((torch.where(mine, place, elsewhere),), values, accumulate=True)  # in a fixed order
 
@@ -227,15 +230,15 @@ class ShardedDiscriminativeLoss(DiscriminativeLoss):
         Raises:
             ValueError: also where some ranks have noisy views and others have none.
         """
-        block, settings = self._block(), {name: getattr(self, name) for name in Settings._fields}
-        options = {"norm": self.norm, "update_state": self.training, "ignore_index": self.ignore_index}
-        tensors = input, input_noise, target, self.weight, self.bias, self.centroids, self.seen
+        arguments: dict[str, Any] = {name: getattr(self, name) for name in Settings._fields}
+        arguments |= {"weight": self.weight, "bias": self.bias, "centroids": self.centroids, "seen": self.seen}
+        arguments |= {"norm": self.norm, "ignore_index": self.ignore_index, "backend": self.backend}
+        arguments |= {"input": input, "input_noise": input_noise, "target": target, "update_state": self.training}
+        block = self._block()
         if block.group is None:
-            terms = functional.discriminative_loss(*tensors, backend=self.backend, **settings, **options)
+            terms = functional.discriminative_loss(**arguments)
         else:
-            terms = discriminative_loss(
-                block, *tensors, Settings(**settings), max_batch=self.max_batch, backend=self.backend, **options
-            )
+            terms = discriminative_loss(**arguments, block=block, max_batch=self.max_batch)
         return terms if self.return_terms else terms.loss
 
     def cross_entropy(self, input: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -244,7 +247,7 @@ class ShardedDiscriminativeLoss(DiscriminativeLoss):
         The logits (N, K) never exist; see :func:`robustfast.functional.linear_cross_entropy`, also for the arguments.
         """
         block = self._block()
-        options = {"ignore_index": self.ignore_index, "label_smoothing": label_smoothing}
+        options: dict[str, Any] = {"ignore_index": self.ignore_index, "label_smoothing": label_smoothing}
         if block.group is None:
             return linear_cross_entropy(input, self.weight, target, self.bias, **options)
         target = checks.integer_labels(target)
@@ -262,7 +265,7 @@ class ShardedDiscriminativeLoss(DiscriminativeLoss):
         block = self._block()
         seed = torch.randint(2**63 - 1, (), device=self.weight.device)
         collectives.all_reduce(seed, "MAX", block.group)
-        ids = torch.arange(block.first, block.first + block.count, device=seed.device)
+        ids = torch.arange(block.first, block.first + block.size, device=seed.device)
         zero, bound = torch.zeros((), dtype=self.weight.dtype, device=seed.device), 1 / math.sqrt(self.dim)
         for draw, parameter in enumerate(self.parameters()):  # bias has a draw of its own
             table = parameter.detach()
@@ -270,8 +273,45 @@ class ShardedDiscriminativeLoss(DiscriminativeLoss):
                 zero.expand_as(table), bound, seed=seed, sample_ids=ids, draw=draw, clip=None, out=table
             )
 
+    def as_shard(self, local: Tensor) -> Tensor:
+        """A tensor (K_r, ...) of this rank's classes as a DTensor (K, ...), Shard(0), that shares its memory.
+
+        In one process without a group the tensor itself. For what belongs to the classes and is kept elsewhere, such
+        as an optimizer's momentum of ``weight``.
+        """
+        block = self._block()
+        if block.group is None:
+            return local
+        from torch.distributed.tensor import DeviceMesh, DTensor, Shard
+
+        mesh = DeviceMesh.from_group(block.group, local.device.type)
+        whole = torch.empty(block.num_classes, *local.shape[1:], device="meta")
+        return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride())
+
+    def _own(self, whole: Tensor) -> Tensor:
+        """This rank's part (K_r, ...) of a tensor (K, ...) of all classes, plain or a DTensor; any other as it is."""
+        block = self._block()
+        if hasattr(whole, "full_tensor"):
+            from torch.distributed.tensor import Shard
+
+            if block.group is not None and whole.device_mesh == self.as_shard(self.seen).device_mesh:  # type: ignore[attr-defined]
+                return whole.redistribute(placements=[Shard(0)]).to_local()  # type: ignore[attr-defined]
+            whole = whole.full_tensor()
+        return whole[block.first : block.first + block.size] if whole.shape[:1] == (block.num_classes,) else whole
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in (*self._parameters, *self._buffers):
+            if prefix + name in destination:
+                destination[prefix + name] = self.as_shard(destination[prefix + name])
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
+        names = [prefix + name for name in (*self._parameters, *self._buffers)]
+        own = {name: self._own(state_dict[name]) for name in names if name in state_dict}
+        super()._load_from_state_dict({**state_dict, **own}, prefix, *rest)
+
     def _block(self) -> Block:
         return Block.of(self.num_classes, distributed.resolve(self.process_group))
 
     def _classes_here(self) -> int:
-        return self._block().count
+        return self._block().size

@@ -20,7 +20,7 @@ class Block(NamedTuple):
 
     num_classes: int  # of all ranks
     first: int
-    count: int
+    size: int
     group: Any
 
     @classmethod
@@ -32,7 +32,7 @@ class Block(NamedTuple):
     def local(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of this rank's tables for ids of classes, and which of them are its own; the others' row is 0."""
         row = ids.long() - self.first
-        mine = (row >= 0) & (row < self.count)
+        mine = (row >= 0) & (row < self.size)
         return torch.where(mine, row, 0), mine
 
 
@@ -91,7 +91,7 @@ def fetch(block: Block, ids: Tensor, tables: Sequence[Tensor], dtype: torch.dtyp
     shapes = [(len(ids), *table.shape[1:]) for table in tables]
     widths = [table[0:0].flatten(1).shape[1] if table.dim() > 1 else 1 for table in tables]
     rows = torch.zeros(len(ids), sum(widths), dtype=dtype, device=ids.device)
-    if block.count:
+    if block.size:
         own = [table[local].to(dtype).reshape(len(ids), width) for table, width in zip(tables, widths, strict=True)]
         rows = torch.where(mine.unsqueeze(1), torch.cat(own, 1), rows)
     bits = rows.view(torch.int64 if dtype == torch.float64 else torch.int32)

@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import traceback
 import warnings
 from types import SimpleNamespace
 
@@ -10,38 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from loss_cases import random_case
+from ranks import run_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from robustfast import DiscriminativeLoss, distributed
 
 WORLD = 2
-
-
-def run_ranks(function, path):
-    """What ``function(rank)`` returns in each of two processes; a failure is that of the first."""
-    context = torch.multiprocessing.get_context("spawn")
-    results = context.SimpleQueue()
-    processes = [context.Process(target=one_rank, args=(function, rank, path, results)) for rank in range(WORLD)]
-    for process in processes:
-        process.start()
-    found = sorted((results.get() for _ in processes), key=lambda result: result[0])
-    for process in processes:
-        process.join()
-    failures = [failure for _, failure, _ in found if failure is not None]
-    assert not failures, failures[0]
-    return [result for *_, result in found]
-
-
-def one_rank(function, rank, path, results):
-    torch.set_num_threads(1)
-    try:
-        result = function(rank, lambda: dist.init_process_group("gloo", f"file://{path}", rank=rank, world_size=WORLD))
-        results.put((rank, None, pickle.dumps(result)))
-        dist.barrier()
-        dist.destroy_process_group()
-    except Exception:
-        results.put((rank, traceback.format_exc(), None))
 
 
 def global_batch():
@@ -84,7 +58,7 @@ def test_ranks_batches_count_as_one(tmp_path):
     loss = DiscriminativeLoss(7, 12).double()
     value = loss(f.requires_grad_(), g.requires_grad_(), target, fc)
     value.backward()
-    ranks = [pickle.loads(result) for result in run_ranks(ways_of_naming_a_group, tmp_path / "store")]
+    ranks = run_ranks(ways_of_naming_a_group, tmp_path / "store")
     assert list(ranks[0]) == ["world", True, "group", "mesh", "deepcopy", "pickle"]
     for name in ranks[0]:
         for other, *_, grad_weight, centroids in (rank[name] for rank in ranks):
