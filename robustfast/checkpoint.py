@@ -20,8 +20,6 @@ from torch import nn
 from robustfast import collectives, disk
 from robustfast.sharded import ShardedDiscriminativeLoss
 
-__all__ = ["load_checkpoint", "optimizer_state", "save_checkpoint", "set_optimizer_state"]
-
 CHECKSUMS = "checksums.json"
 
 

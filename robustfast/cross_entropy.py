@@ -64,10 +64,12 @@ def linear_cross_entropy(
         target.long(),
         linear_bias=bias,
         ignore_index=ignore_index,
-        reduction="none",  # its mean has gradients of nan where nothing counts, and in float16 its sum can overflow
+        reduction="none",  # its mean has gradients of nan where nothing counts, and its sum can overflow in float16
         options=options,
     )
-    return losses.to(wide_dtype(input)).sum() / (target != ignore_index).sum()
+    counted = (target != ignore_index).sum()
+    mean = losses.to(wide_dtype(input)).sum() / counted.clamp(min=1)
+    return torch.where(counted > 0, mean, torch.nan)
 
 
 def _torch_can(input: Tensor, weight: Tensor, bias: Tensor | None, label_smoothing: float) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from functools import cache
 from typing import Any
@@ -132,11 +133,16 @@ def mean(values: Tensor, group: Any, counted: Tensor | None = None) -> Tensor:
     return values.sum() * (dist.get_world_size(group) / count.clamp(min=1)).to(values.dtype)
 
 
-def __getattr__(name: str) -> Any:
-    """What stands on the loss, which stands on this module."""
-    from robustfast import checkpoint, sharded
+_ABOVE = {  # what stands on the loss, which stands on this module
+    "ShardedDiscriminativeLoss": "robustfast.sharded",
+    "load_checkpoint": "robustfast.checkpoint",
+    "optimizer_state": "robustfast.checkpoint",
+    "save_checkpoint": "robustfast.checkpoint",
+    "set_optimizer_state": "robustfast.checkpoint",
+}
 
-    for module in (sharded, checkpoint):
-        if name in module.__all__:
-            return getattr(module, name)
+
+def __getattr__(name: str) -> Any:
+    if name in _ABOVE:
+        return getattr(importlib.import_module(_ABOVE[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from robustfast import autograd, checks, reference
 from robustfast.backends import home, ops, resolve
+from robustfast.cross_entropy import linear_cross_entropy
 from robustfast.noise import (
     check_channels,
     check_no_gradient,
@@ -21,7 +22,15 @@ from robustfast.noise import (
 from robustfast.ops import DISTRIBUTIONS
 from robustfast.reference import Settings, Terms
 
-__all__ = ["Terms", "discriminative_loss", "gaussian_noise", "noisy_pair", "philox_words", "uniform_noise"]
+__all__ = [
+    "Terms",
+    "discriminative_loss",
+    "gaussian_noise",
+    "linear_cross_entropy",
+    "noisy_pair",
+    "philox_words",
+    "uniform_noise",
+]
 
 
 def discriminative_loss(

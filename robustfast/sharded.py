@@ -23,8 +23,6 @@ from robustfast.losses import DiscriminativeLoss
 from robustfast.reference import Groups, Settings, Terms
 from robustfast.shards import Block, best_of_ranks, fetch, gather_batch
 
-__all__ = ["ShardedDiscriminativeLoss"]
-
 
 def discriminative_loss(
     input: Tensor,
