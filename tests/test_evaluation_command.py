@@ -252,7 +252,7 @@ def test_page_holds_everything_and_fetches_nothing(place):
         assert sum(projection in title for title in page.titles) == 2
     audit = text[text.index("Audit of the attacks") :]
     checks = (
-        "a quarter of the steps", "next smaller radius", "black-box search", "radius 0: unmoved", "longest move / ε",
+        "¼ of the steps", "smaller radius", "black box", "radius 0", "move / ε",
         "no gradient",
     )  # fmt: skip
     assert all(f"<th>{check}</th>" in audit for check in checks) and audit.count("<td>normal, linf") == 3

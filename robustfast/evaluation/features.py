@@ -112,11 +112,17 @@ def principal_components(input: Tensor, input_noise: Tensor) -> Projection:
 
 
 def tsne(input: Tensor, input_noise: Tensor, *, seed: int = 0) -> Projection:
-    """A joint t-SNE embedding of both (N, D), by scikit-learn; kept is nan, since distances have no scale there."""
+    """A joint t-SNE embedding of both (N, D), by scikit-learn; kept is nan, since distances have no scale there.
+
+    On one thread: several would wait for each other at each of a thousand steps, for long where cores are busy.
+    """
     from robustfast.extras import needed
 
     with needed("evaluate"):
         from sklearn.manifold import TSNE
+        from threadpoolctl import threadpool_limits
     both = torch.cat((input, input_noise)).detach().double().cpu().numpy()
-    points = torch.from_numpy(TSNE(random_state=seed, perplexity=min(30, (len(both) - 1) / 3)).fit_transform(both))
+    with threadpool_limits(1):
+        embedded = TSNE(random_state=seed, perplexity=min(30, (len(both) - 1) / 3)).fit_transform(both)
+    points = torch.from_numpy(embedded)
     return Projection(points[: len(input)], points[len(input) :], float("nan"))

@@ -154,8 +154,8 @@ def attacks(models: Models) -> Iterator[Part]:
             yield figures.lines(series, f"{label} radius ε", "accuracy, %", percent=True,
                                 title=f"Accuracy under attack, {label}")  # fmt: skip
     head = [
-        "", "right, %", "a quarter of the steps", "next smaller radius", "black-box search", "radius 0: unmoved",
-        "longest move / ε", "no gradient",
+        "", "right, %", "¼ of the steps", "smaller radius", "black box", "radius 0",
+        "move / ε", "no gradient",
     ]  # fmt: skip
     rows = [_audited(m, found) for m in models.firsts("attacks") for found in m.summary["attacks"]]
     yield from _table("Audit of the attacks: what casts doubt on an accuracy is marked", head, rows)
