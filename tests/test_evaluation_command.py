@@ -22,7 +22,7 @@ from robustfast import cli, disk
 from robustfast.commands import runs
 from robustfast.commands.evaluate import comparisons
 from robustfast.evaluation import input_hessian_spectrum, survival, table
-from robustfast.evaluation.evaluated import corruption_errors
+from robustfast.evaluation.evaluated import Evaluated, corruption_errors
 from robustfast.evaluation.repeats import tolerance_of
 from robustfast.evaluation.report import render, worst_images
 from robustfast.training import data, load_classifier, preset, train
@@ -99,9 +99,21 @@ def test_corruption_errors_are_those_of_the_paper(place):
         return {s["perturbation"]: 1 - s["accuracy"] for s in models[name][0].summary["settings"] if s["severity"] == 3}
 
     found = corruption_errors(models, "normal")
-    assert found["normal"][0] == 1
+    assert found["normal"].mean == 1
     ratios = [value / errors("normal")[kind] for kind, value in errors("discriminative").items()]
-    assert found["discriminative"][0] == pytest.approx(np.mean(ratios))
+    assert found["discriminative"].mean == pytest.approx(np.mean(ratios))
+
+    def made(clean, **perturbed):
+        settings = [{"name": "clean", "severity": None, "accuracy": clean}] + [
+            {"name": kind, "perturbation": kind, "severity": 3, "accuracy": accuracy, "flips": flips}
+            for kind, (accuracy, flips) in perturbed.items()
+        ]
+        return [Evaluated("", "", 0, {}, {}, {"settings": settings})]
+
+    groups = {"base": made(0.9, blur=(0.7, 0.2), fog=(0.5, 0.4)), "mine": made(0.9, blur=(0.85, 0.1), fog=(0.75, 0.3))}
+    found = corruption_errors(groups, "base")
+    assert found["base"] == pytest.approx((1, 1, 1))
+    assert found["mine"] == pytest.approx(((0.5 + 0.5) / 2, (0.05 / 0.2 + 0.15 / 0.4) / 2, (0.5 + 0.75) / 2))
 
 
 def test_models_are_grouped_where_their_seed_alone_differs(place):

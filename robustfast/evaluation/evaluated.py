@@ -109,38 +109,47 @@ def differences(models: Models) -> list[dict[str, Any]]:
     return rows
 
 
-def corruption_errors(groups: Mapping[str, Sequence[Evaluated]], baseline: str) -> dict[str, tuple[float, float]]:
-    """(mCE, relative mCE) of each group against the baseline: Hendrycks and Dietterich 2019, equations 1 and 2.
+class CorruptionErrors(NamedTuple):
+    """Errors over those of a baseline, means over perturbations: mCE, relative mCE and mFR."""
+
+    mean: float
+    relative: float
+    flips: float
+
+
+def corruption_errors(groups: Mapping[str, Sequence[Evaluated]], baseline: str) -> dict[str, CorruptionErrors]:
+    """mCE, relative mCE and mFR of each group against the baseline: Hendrycks and Dietterich 2019, equations 1 to 3.
 
     Of each perturbation the errors are summed over the severities that all models have, then divided by those of the
-    baseline (relative: both less the clean error), then averaged over the perturbations. nan where the baseline makes
-    no error. Models without perturbations count nowhere.
+    baseline (relative: both less the clean error; flips: predictions that differ from the clean image's instead of
+    errors), then averaged over the perturbations. nan where the baseline makes no error. Models without perturbations
+    count nowhere.
     """
 
-    def errors(model: Evaluated) -> dict[tuple[str, int], float]:
+    def perturbed(model: Evaluated) -> dict[tuple[str, int], dict[str, Any]]:
         return {
-            (setting["perturbation"], setting["severity"]): 1 - setting["accuracy"]
-            for setting in model.summary["settings"]
-            if isinstance(setting["severity"], int)
+            (s["perturbation"], s["severity"]): s for s in model.summary["settings"] if isinstance(s["severity"], int)
         }
 
-    found = {group: [m for m in models if errors(m)] for group, models in groups.items()}
-    shared = set.intersection(*(set(errors(m)) for models in found.values() for m in models))
+    found = {group: [m for m in models if perturbed(m)] for group, models in groups.items()}
+    shared = set.intersection(*(set(perturbed(m)) for models in found.values() for m in models))
     kinds = sorted({kind for kind, _ in shared})
 
-    def of(group: str, kind: str | None) -> float:
-        if kind is None:
-            return fmean(1 - s["accuracy"] for m in found[group] for s in m.summary["settings"] if s["name"] == "clean")
-        return fmean(
-            error for m in found[group] for key, error in errors(m).items() if key in shared and key[0] == kind
-        )
+    def clean(group: str) -> float:
+        return fmean(1 - s["accuracy"] for m in found[group] for s in m.summary["settings"] if s["name"] == "clean")
 
-    def ratio(group: str, kind: str, less: bool) -> float:
-        mine, base = (of(g, kind) - (of(g, None) if less else 0.0) for g in (group, baseline))
-        return mine / base if base else float("nan")
+    def of(group: str, kind: str, key: str) -> float:
+        values = [s[key] for m in found[group] for at, s in perturbed(m).items() if at in shared and at[0] == kind]
+        return fmean(values) if key == "flips" else 1 - fmean(values)
+
+    def mean_ratio(group: str, key: str, less: bool = False) -> float:
+        pairs = [[of(g, kind, key) - (clean(g) if less else 0.0) for g in (group, baseline)] for kind in kinds]
+        return fmean(mine / base if base else float("nan") for mine, base in pairs)
 
     return {
-        group: (fmean(ratio(group, kind, False) for kind in kinds), fmean(ratio(group, kind, True) for kind in kinds))
+        group: CorruptionErrors(
+            mean_ratio(group, "accuracy"), mean_ratio(group, "accuracy", less=True), mean_ratio(group, "flips")
+        )
         for group in groups
     }
 

@@ -123,8 +123,8 @@ def perturbations(models: Models) -> Iterator[Part]:
     rows = [[name, *(_percent(mean_std(models.values(group, name))[0]) for group in present)] for name in names]
     baseline = models.baseline if models.baseline in present else present[0]
     errors = corruption_errors({group: models.of(group) for group in present}, baseline)
-    rows.append(["mCE", *(_percent(errors[group][0]) for group in present)])
-    rows.append(["relative mCE", *(_percent(errors[group][1]) for group in present)])
+    for place, name in enumerate(("mCE", "relative mCE", "mFR")):
+        rows.append([name, *(_percent(errors[group][place]) for group in present)])
     yield from _table("Accuracy under each perturbation", ["", *present], rows)
 
 
