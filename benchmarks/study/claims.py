@@ -6,19 +6,7 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
 
-from benchmarks.study.cells import (
-    POINTS,
-    TITLES,
-    deviation,
-    difference,
-    noise_name,
-    noises_of,
-    pair_of,
-    shown,
-    spread,
-    table,
-    values,
-)
+from benchmarks.study import cells
 from benchmarks.study.collected import CURVATURE
 
 
@@ -46,20 +34,20 @@ def verdicts(found: Sequence[dict[str, Any]]) -> str:
         "curvature that falls with survival of the noise (`normal`; r of the groups' means; the paper: −0.92)": _groups,
         "curvature that explains survival beyond margin, confidence and gradient (`normal`; ρ → ρ given these)": _given,
     }
-    head = ["the paper's method is, or has", *(TITLES[study["data"]] for study in found)]
+    head = ["the paper's method is, or has", *(cells.TITLES[study["data"]] for study in found)]
     rows = [[claim, *(verdict(study) for study in found)] for claim, verdict in claims.items()]
     note = "Differences are percentage points of accuracy (of curvature: decades), with the interval over seeds.\n"
-    return note + "\n" + table(head, rows)
+    return note + "\n" + cells.table(head, rows)
 
 
 def _verdict(study: dict[str, Any], arm: str, other: str, measure: str, lower: bool = False) -> str:
-    pair = pair_of(study, arm, other, measure)
+    pair = cells.pair_of(study, arm, other, measure)
     if pair is None or pair["seeds"] is None:
         return "–"
     low, high = pair["seeds"]["low"], pair["seeds"]["high"]
     better, worse = (high < 0, low > 0) if lower else (low > 0, high < 0)
     word = "**yes**" if better else "**no, the opposite**" if worse else "not decided"
-    return f"{word}: {difference(pair['seeds'], measure)}"
+    return f"{word}: {cells.difference(pair['seeds'], measure)}"
 
 
 def _attacked(other: str) -> Callable[[dict[str, Any]], str]:
@@ -73,12 +61,12 @@ def _attacked(other: str) -> Callable[[dict[str, Any]], str]:
 
 
 def _groups(study: dict[str, Any]) -> str:
-    return spread([e[f"gaussian {study['sigma']:g}"]["of groups"] for e in study["explained"]["normal"]], 1, 2)
+    return cells.spread([e[f"gaussian {study['sigma']:g}"]["of groups"] for e in study["explained"]["normal"]], 1, 2)
 
 
 def _given(study: dict[str, Any]) -> str:
     found = [e[f"gaussian {study['sigma']:g}"] for e in study["explained"]["normal"]]
-    return " → ".join(spread([e[part] for e in found], 1, 2) for part in ("per image", "given"))
+    return " → ".join(cells.spread([e[part] for e in found], 1, 2) for part in ("per image", "given"))
 
 
 def _baseline(arm: dict[str, Any]) -> bool:
@@ -93,23 +81,27 @@ def recipe(found: Sequence[dict[str, Any]]) -> str:
         "in training, was not tuned.\n",
     ]
     for study in found:
-        noises = noises_of(study)
-        own = {name: values(study, "discriminative-both", name) for name in noises}
+        noises = cells.noises_of(study)
+        own = {name: cells.values(study, "discriminative-both", name) for name in noises}
         others = [arm["name"] for arm in study["arms"] if arm["name"] != "discriminative-both" and _baseline(arm)]
         ahead = [
-            f"`{other}` at {noise_name(name)} ({POINTS * (fmean(theirs) - fmean(own[name])):+.1f})"
+            f"`{other}` at {cells.noise_name(name)} ({cells.POINTS * (fmean(theirs) - fmean(own[name])):+.1f})"
             for name in noises
             for other in others
-            if fmean(theirs := values(study, other, name)) - fmean(own[name]) > max(map(deviation, (theirs, own[name])))
+            if fmean(theirs := cells.values(study, other, name)) - fmean(own[name])
+            > max(map(cells.deviation, (theirs, own[name])))
         ]
         found_text = ", ".join(ahead) if ahead else "no other method is, at any σ"
         parts.append(
-            f"{TITLES[study['data']]}: ahead of it by more than the larger of both deviations: {found_text}.\n"
+            f"{cells.TITLES[study['data']]}: ahead of it by more than the larger of both deviations: {found_text}.\n"
         )
         rows = [
-            [f"`{other}`", *(shown(pair_of(study, "discriminative-both", other, name), name) for name in noises)]
+            [
+                f"`{other}`",
+                *(cells.shown(cells.pair_of(study, "discriminative-both", other, name), name) for name in noises),
+            ]
             for other in others
         ]
-        head = [f"{TITLES[study['data']]}: `discriminative-both` −", *map(noise_name, noises)]
-        parts.append(table(head, rows))
+        head = [f"{cells.TITLES[study['data']]}: `discriminative-both` −", *map(cells.noise_name, noises)]
+        parts.append(cells.table(head, rows))
     return "\n".join(parts)
