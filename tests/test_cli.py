@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from rich.console import Console
 from typer.testing import CliRunner
 
 import robustfast
@@ -208,6 +209,17 @@ def test_a_winner_is_one_that_the_spread_carries():
     assert comparison.winners(summary(a=(0.9, 0.01, 3), b=(0.85, 0.03, 3), c=(0.1, 0.0, 3))) == {("a", 0.5)}
     assert comparison.winners(summary(a=(0.9, 0.03, 3), b=(0.85, 0.03, 3), c=(0.1, 0.0, 3))) == set()
     assert comparison.winners(summary(a=(0.9, 0.0, 1), b=(0.85, 0.0, 1))) == set()
+
+
+def test_the_demos_table_is_whole_in_80_columns(capsys):
+    summary = [
+        {"method": method, "sigma": sigma, "mean": 0.987, "std": 0.012, "runs": 3}
+        for method in cli.METHODS
+        for sigma in (0.0, 0.15, 0.25, 0.4, 0.6)
+    ]
+    Console(width=80).print(cli._summary_table(summary))
+    shown = capsys.readouterr().out
+    assert all(f"{method} " in shown for method in cli.METHODS) and shown.count("98.7 ± 1.2") == 5 * len(cli.METHODS)
 
 
 def test_a_failed_run_can_be_begun_anew(run_dir):

@@ -31,6 +31,15 @@ def verdicts(found: Sequence[dict[str, Any]]) -> str:
             for other in ("normal", *others)
         },
         **{f"more accurate under L∞ attacks than `{other}`": _attacked(other) for other in ("normal", *others)},
+        **{
+            f"more accurate under the trained noise than {words}": _left_out(name)
+            for name, words in {
+                "without margin": "without its margin",
+                "without alignment": "without its alignment",
+                "own centroids": "with alignment to the noisy view's own centroids",
+                "momentum 0": "with centroids of the batch alone",
+            }.items()
+        },
         "curvature that falls with survival of the noise (`normal`; r of the groups' means; the paper: −0.92)": _groups,
         "curvature that explains survival beyond margin, confidence and gradient (`normal`; ρ → ρ given these)": _given,
     }
@@ -48,6 +57,11 @@ def _verdict(study: dict[str, Any], arm: str, other: str, measure: str, lower: b
     better, worse = (high < 0, low > 0) if lower else (low > 0, high < 0)
     word = "**yes**" if better else "**no, the opposite**" if worse else "not decided"
     return f"{word}: {cells.difference(pair['seeds'], measure)}"
+
+
+def _left_out(variation: str) -> Callable[[dict[str, Any]], str]:
+    """The paper's method without a part: the verdict is on the part, the difference that of leaving it out."""
+    return lambda study: _verdict(study, variation, "discriminative", f"gaussian {study['sigma']:g}", lower=True)
 
 
 def _attacked(other: str) -> Callable[[dict[str, Any]], str]:
