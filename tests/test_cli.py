@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from rich.console import Console
 from typer.testing import CliRunner
 
 import robustfast
