@@ -56,14 +56,15 @@ class DiscriminativeLossFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, input_noise, target, weight, bias, centroids, seen, scheduled, call):
         backend, settings, norm, update_state, ignore_index = call
-        loss, terms, *saved = ops(backend).discriminative_loss(
+        op = ops(backend)
+        loss, terms, *saved = op.discriminative_loss(
             input, input_noise, target, weight, bias, centroids, seen, settings, scheduled, norm, update_state,
             ignore_index,
         )  # fmt: skip
         if update_state and not torch.compiler.is_compiling():  # which sees it from the schema
             torch.autograd.graph.increment_version((centroids, seen))
         ctx.save_for_backward(input, input_noise, weight, bias, *saved)
-        ctx.backend, ctx.norm = backend, norm
+        ctx.backward_op, ctx.norm = op.discriminative_loss_backward, norm
         ctx.mark_non_differentiable(terms)
         ctx.set_materialize_grads(False)  # no zeros for the gradient of the terms
         return loss, terms
@@ -77,7 +78,7 @@ class DiscriminativeLossFunction(torch.autograd.Function):
         wanted = [needs[0], needs[1], needs[3], needs[4]]
         input, input_noise, weight, bias, *saved = ctx.saved_tensors
         bias_dtype = weight.dtype if bias is None else bias.dtype
-        grads = ops(ctx.backend).discriminative_loss_backward(
+        grads = ctx.backward_op(
             grad_loss, input, input_noise, *saved, weight.shape[0], weight.dtype, bias_dtype, ctx.norm, wanted
         )
         grads = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]

@@ -152,8 +152,7 @@ def labels(target: Tensor, num_classes: int, ignore_index: int) -> None:
     """IndexError for a label out of range on the CPU, a device assertion (as in F.cross_entropy) elsewhere."""
     if transformed():
         return  # vmap has no values to look at; indexing has errors of its own
-    labels = target.long()  # both bounds and ignore_index may lie outside of target's own dtype
-    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= num_classes))
+    wrong = wrong_labels(target, num_classes, ignore_index)
     if not readable(target):
         torch._assert_async(~wrong.any(), f"target: a label is outside 0..{num_classes - 1}")
     elif wrong.any():
@@ -162,6 +161,12 @@ def labels(target: Tensor, num_classes: int, ignore_index: int) -> None:
             f"target: label {int(target[position])} at position {position} is outside 0..{num_classes - 1}"
             f" and is not ignore_index ({ignore_index})"
         )
+
+
+def wrong_labels(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    """(N,) bool: neither a class nor ignored."""
+    labels = target.long()  # both bounds and ignore_index may lie outside of target's own dtype
+    return (labels != ignore_index) & ((labels < 0) | (labels >= num_classes))
 
 
 def _whole(name: str, tensor: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Batches of several ranks as one batch: the loss of the whole, whatever its split over processes."""
+"""Whose batches count as one: what a module's ``process_group`` stands for."""
 
 from __future__ import annotations
 
@@ -60,55 +60,6 @@ def _warn_of_ranks_apart() -> None:
         " meant",
         stacklevel=4,
     )
-
-
-def _all_gather(result: Tensor, mine: Tensor, group: Any) -> None:
-    newer = getattr(dist, "all_gather_single", None)  # PyTorch 2.13 warns of the old name
-    (newer or dist.all_gather_into_tensor)(result, mine, group=group)
-
-
-class GatherRows(torch.autograd.Function):
-    """All ranks' rows, this rank's among them; backward returns this rank's part of the gradient times the ranks.
-
-    Every rank computes the same loss of the same global batch, so its gradient is already complete; the factor makes
-    DistributedDataParallel's mean over ranks the gradient of that one loss.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, group: Any) -> Tensor:
-        world, ctx.rank, ctx.size = dist.get_world_size(group), dist.get_rank(group), rows.shape[0]
-        ctx.world = world
-        gathered = rows.new_empty((world * rows.shape[0], *rows.shape[1:]))
-        _all_gather(gathered, rows.contiguous(), group)
-        return gathered
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad[ctx.rank * ctx.size : (ctx.rank + 1) * ctx.size] * ctx.world, None
-
-
-def gather_batch(
-    input: Tensor, input_noise: Tensor | None, target: Tensor, group: Any
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The global batch of ranks whose batches have one size, as in training with ``drop_last``."""
-    _same_sizes(input, input_noise, group)
-    noise = None if input_noise is None else GatherRows.apply(input_noise, group)
-    return GatherRows.apply(input, group), noise, GatherRows.apply(target, group)
-
-
-def _same_sizes(input: Tensor, input_noise: Tensor | None, group: Any) -> None:
-    """An error on every rank, where gathering batches of several sizes would hang or abort.
-
-    On the CPU a ValueError; on a GPU, which nothing waits for, a device assertion before the batches are gathered.
-    """
-    mine = torch.full((1,), 2 * input.shape[0] + (input_noise is not None), dtype=torch.int64, device=input.device)
-    all_ranks = mine.new_empty(dist.get_world_size(group))
-    _all_gather(all_ranks, mine, group)
-    expected = "input, input_noise: expected batches of one size on all ranks, with a noisy view on all or on none"
-    if input.device.type != "cpu" or torch.compiler.is_compiling():
-        torch._assert_async((all_ranks == mine).all(), expected)
-    elif (all_ranks != mine).any():
-        raise ValueError(f"{expected}, got sizes {(all_ranks // 2).tolist()}, noisy views {(all_ranks % 2).tolist()}")
 
 
 def training_group(module: Any) -> Any:

@@ -10,6 +10,7 @@ from torch import Tensor
 from robustfast import autograd, checks, reference
 from robustfast.backends import home, ops, resolve
 from robustfast.cross_entropy import linear_cross_entropy
+from robustfast.global_batch import GlobalLossFunction
 from robustfast.noise import (
     check_channels,
     check_no_gradient,
@@ -99,9 +100,13 @@ def discriminative_loss(
 
 
 def loss_and_terms(
-    input, input_noise, target, weight, bias, centroids, seen, settings, norm, update_state, ignore_index, backend
-) -> tuple[Tensor, Sequence[Tensor] | Tensor]:
-    """The loss, and the other :class:`Terms`: of kernels as one tensor, since a step that logs none pays for none."""
+    input, input_noise, target, weight, bias, centroids, seen, settings, norm, update_state, ignore_index, backend,
+    ranks=None,
+) -> tuple[Tensor, Sequence[Tensor] | Tensor]:  # fmt: skip
+    """The loss, and the other :class:`Terms`: of kernels as one tensor, since a step that logs none pays for none.
+
+    ``ranks`` are :class:`~robustfast.global_batch.Ranks` whose batches count as one; None: this rank alone.
+    """
     target = checks.integer_labels(target)
     checks.discriminative_loss(input, input_noise, target, weight, bias, centroids, seen)
     checks.loss_settings(settings, norm, ignore_index)
@@ -113,6 +118,10 @@ def loss_and_terms(
     if moves:
         checks.state(centroids, seen)
     tensors = (input, input_noise, target, weight, bias, centroids, seen)
+    if ranks is not None:
+        values, scheduled = as_arguments(settings)
+        call = (chosen, values, norm, moves, ignore_index, ranks)
+        return GlobalLossFunction.apply(*tensors, scheduled, call)
     if chosen == "reference":
         checks.labels(target, weight.shape[0], ignore_index)
         loss, *terms = reference.discriminative_loss(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from robustfast import checks, distributed, functional
+from robustfast.global_batch import EXCHANGES, Ranks, choose
 from robustfast.reference import Settings, Terms
 
 
@@ -31,10 +32,16 @@ class DiscriminativeLoss(nn.Module):
         momentum: rho, the share of the previous centroid.
         ignore_index: samples with this label count nowhere.
         backend: "auto", or one of :func:`robustfast.backends`.
-        process_group: whose batches, all of one size, count as one batch in training: "world" (or True) for all ranks,
+        process_group: whose batches, of any sizes, count as one batch in training: "world" (or True) for all ranks,
             looked up at each step; a torch.distributed group or a DeviceMesh of one dimension that this rank is in;
             None or False for this rank alone, None with a warning where several ranks train. In eval mode and under
             no_grad each rank's batch stands for itself.
+        exchange: what the ranks of the group send each other, the same on all of them: "sums" of each class's features
+            (16 K D bytes from each rank in float32, whatever the batch, and no waiting for a GPU), or "gather", the
+            samples themselves. "auto" takes what sends less for ``max_batch``, or else for the batches of the first
+            step (a compiled step without ``max_batch``: sums).
+        max_batch: no rank has more samples than this; the gathering then waits for no sizes and can be compiled or
+            captured in a CUDA graph.
         return_terms: forward returns :class:`~robustfast.functional.Terms` instead of the scalar loss.
     """
 
@@ -56,6 +63,8 @@ class DiscriminativeLoss(nn.Module):
         ignore_index: int = -100,
         backend: str = "auto",
         process_group: Any = None,
+        exchange: str = "auto",
+        max_batch: int | None = None,
         return_terms: bool = False,
     ) -> None:
         super().__init__()
@@ -68,7 +77,13 @@ class DiscriminativeLoss(nn.Module):
         self.delta_var, self.delta_dist, self.norm = delta_var, delta_dist, int(norm)
         self.alpha, self.beta, self.gamma, self.momentum = alpha, beta, gamma, momentum
         self.ignore_index, self.backend = ignore_index, backend
-        self.process_group, self.return_terms = process_group, return_terms
+        if exchange not in EXCHANGES:
+            raise ValueError(f"exchange: expected one of {', '.join(EXCHANGES)}, got {exchange!r}")
+        if max_batch is not None and not max_batch >= 0:
+            raise ValueError(f"max_batch: expected a number of samples or None, got {max_batch!r}")
+        self.process_group, self.exchange, self.max_batch = process_group, exchange, max_batch
+        self._auto: str | None = None  # the exchange that the first step has chosen
+        self.return_terms = return_terms
         self.register_buffer("centroids", torch.zeros(self._classes_here(), dim, dtype=torch.float32))
         self.register_buffer("seen", torch.zeros(self._classes_here(), dtype=torch.bool))
 
@@ -86,17 +101,23 @@ class DiscriminativeLoss(nn.Module):
             The scalar loss, or all of :class:`~robustfast.functional.Terms` where ``return_terms`` holds.
         """
         weight, bias = checks.classifier(fc, input, self.num_classes, self.dim)
-        if self.training and torch.is_grad_enabled():
-            group = distributed.resolve(self.process_group)
-            if group is not None:
-                input, input_noise, target = distributed.gather_batch(input, input_noise, target, group)
+        group = distributed.training_group(self)
+        ranks = None if group is None else self._ranks(input, group)
         settings = Settings(self.delta_var, self.delta_dist, self.alpha, self.beta, self.gamma, self.momentum)
         state = self._buffers  # which a module looks through slowly
         loss, terms = functional.loss_and_terms(
             input, input_noise, target, weight, bias, state["centroids"], state["seen"], settings, self.norm,
-            self.training, self.ignore_index, self.backend,
+            self.training, self.ignore_index, self.backend, ranks,
         )  # fmt: skip
         return Terms(loss, *terms) if self.return_terms else loss
+
+    def _ranks(self, input: Tensor, group: Any) -> Ranks:
+        exchange = self._auto if self.exchange == "auto" else self.exchange
+        if exchange is None:
+            exchange = choose(self.max_batch, input, self.num_classes, group)
+            if not torch.compiler.is_compiling():
+                self._auto = exchange
+        return Ranks(group, exchange, self.max_batch)
 
     def extra_repr(self) -> str:
         return (
