@@ -179,3 +179,28 @@ def sharded_classifiers(rank, initialise):
 def test_sharded_classifiers(tmp_path):
     """The error for FSDP2's weights, and that each way it names gives the gradients of the whole batch."""
     run_ranks(sharded_classifiers, tmp_path / "store")
+
+
+def compiled_steps(rank, initialise):
+    initialise()
+    for exchange in ("sums", "gather"):
+        options = dict(process_group="world", exchange=exchange, max_batch=16)
+        losses = [DiscriminativeLoss(7, 12, **options) for _ in range(2)]
+        steps = [losses[0], torch.compile(losses[1], fullgraph=True, backend="aot_eager")]
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        for n in (6 + rank, 5, 9, 13, 16):
+            f, g, target, weight, bias, *_ = random_case(n, seed=2 * n + rank)
+            results = []
+            for step in steps:
+                leaves = [t.clone().requires_grad_() for t in (f, g, weight, bias)]
+                value = step(*leaves[:2], target, SimpleNamespace(weight=leaves[2], bias=leaves[3]))
+                value.backward()
+                results.append((value.detach(), *(leaf.grad for leaf in leaves)))
+            torch.testing.assert_close(*results)
+        torch.testing.assert_close(losses[0].centroids, losses[1].centroids)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+def test_compiled_steps_of_ranks_take_two_graphs(tmp_path):
+    run_ranks(compiled_steps, tmp_path / "store", seconds=300)

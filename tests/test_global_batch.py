@@ -208,6 +208,21 @@ def trainers(rank):
                 torch.testing.assert_close(net.loss.centroids, alone.loss.centroids, rtol=1e-10, atol=1e-12)
 
 
+def autocast(rank):
+    """Features of half precision beside a classifier in float32: the steps compute in float32 all the same."""
+    f, g, target, weight, bias, *_ = random_case(sum(SIZES))
+    fc = SimpleNamespace(weight=weight.requires_grad_(), bias=bias.requires_grad_())
+    f, g = f.bfloat16().requires_grad_(), g.bfloat16()
+    for way in ways():
+        results = []
+        for enabled in (False, True):
+            loss = DiscriminativeLoss(7, 12, process_group="world", **way)
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                value = loss(f[mine(rank)], g[mine(rank)], target[mine(rank)], fc)
+            results.append((value.detach(), torch.autograd.grad(value, fc.weight)[0], loss.centroids))
+        torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
 def one_backward(net, batches):
     net.zero_grad()
     net(*batches[0]).backward()
@@ -239,6 +254,7 @@ CHECKS = (
     the_exchange_is_chosen_once_for_all_ranks,
     groups_are_apart,
     trainers,
+    autocast,
 )
 
 
@@ -253,7 +269,7 @@ def all_checks(rank, initialise):
 
 
 def test_four_ranks(tmp_path):
-    run_ranks(all_checks, tmp_path / "store", world=len(SIZES))
+    run_ranks(all_checks, tmp_path / "store", world=len(SIZES), seconds=300)
 
 
 @pytest.mark.parametrize(
