@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 Result = TypeVar("Result")
+LOST = ("gloo/transport", "Application timeout")  # in what gloo says of a rank that has gone
 
 
 @contextmanager
@@ -25,7 +26,10 @@ def joined(timeout: float = 600.0) -> Iterator[None]:
     Each rank has the GPU of its LOCAL_RANK.
 
     Args:
-        timeout: seconds after which a rank that waits for another one gives up, with an error.
+        timeout: seconds after which a rank that waits for another one gives up.
+
+    Raises:
+        ConnectionError: another rank has gone.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
@@ -36,6 +40,13 @@ def joined(timeout: float = 600.0) -> Iterator[None]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout))
     try:
         yield
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or any(name in str(error) for name in LOST)):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise ConnectionError(
+            f"another rank has ended, or has not answered for {timeout:g} s: what it said comes first ({reason})"
+        ) from error
     finally:
         dist.destroy_process_group()
 

@@ -1,13 +1,20 @@
 """Training by several ranks: the run of one process, whoever computes it, interrupts it or goes on with it."""
 
+import os
 import pickle
+import signal
+import socket
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from test_distributed import run_ranks
-from test_runs import Interrupt, interrupt_after
+from test_runs import Interrupt, interrupt_after, model_bits, without_time
 
 from robustfast import DiscriminativeLoss, RobustClassifier
 from robustfast.training import files, load_classifier, loop, models, resume, train
@@ -55,9 +62,10 @@ def on_two_ranks(configs, out):
         if rank > 0:  # which writes nothing
             files.save = files.remove_run = loop.disk.write_json = None
         found = {name: (train(config, out / name), views_of(config)) for name, config in configs.items()}
-        with pytest.raises(Interrupt):
-            train(configs["everything"], out / "cut", interrupt_after(1))
-        resumed = resume(out / "begun alone")
+        for name in ("cut", "cut in two"):
+            with pytest.raises(Interrupt):
+                train(configs["everything"], out / name, interrupt_after(1))
+        resumed = resume(out / "begun alone"), resume(out / "cut in two")
         return found, resumed, half_precision(rank, configs["discriminative"]), sharded(rank)
 
     return function
@@ -159,10 +167,13 @@ def assert_same_run(one, other):
         assert left["accuracy"] == pytest.approx(right["accuracy"], abs=0.05)
 
 
-def test_a_run_goes_on_with_another_number_of_ranks(both_ranks):
+def test_a_run_goes_on_with_as_many_ranks_or_others(both_ranks):
     _, out, found = both_ranks
     whole = resume(out / "everything")
-    assert_same_run(found[0][1], whole)
+    begun_alone, cut_in_two = found[0][1]
+    assert_same_run(begun_alone, whole)
+    assert without_time(cut_in_two) == without_time(whole)
+    assert model_bits(out / "cut in two") == model_bits(out / "everything")
     assert_same_run(resume(out / "cut"), whole)
 
 
@@ -180,3 +191,40 @@ def test_fully_sharded_the_step_is_that_of_one_process(both_ranks):
     expected = one_step(small_step(None), slice(None))
     for *_, state in both_ranks[2]:
         torch.testing.assert_close(state, expected, rtol=1e-4, atol=1e-5)
+
+
+def start_ranks(*arguments, world=2):
+    """``robustfast train`` as torchrun starts it, without torchrun, which would end the ranks that are left."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    ranks = ({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)} for rank in range(world))
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "robustfast", "train", *map(str, arguments)], cwd=Path(__file__).parents[1],
+            env=os.environ | rank | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in ranks
+    ]  # fmt: skip
+
+
+def test_a_killed_rank_ends_the_others_and_the_run_goes_on(pictures, tmp_path):
+    options = {"data": pictures, "size": 12, "workers": 1, "epochs": 8, "batch_size": 9, "threads": 1}
+    out = tmp_path / "killed"
+    arguments = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
+    first, second = start_ranks(*arguments, "--method", "both", "--timeout", 60, "--out", out)
+    try:
+        while not (files.holds_run(out) and loop.saved_run(out)[1] >= 2):
+            assert first.poll() is None and second.poll() is None, first.stderr.read() + second.stderr.read()
+            time.sleep(0.05)
+        os.kill(second.pid, signal.SIGKILL)
+        shown, errors = first.communicate(timeout=60)
+    finally:
+        first.kill()
+        second.kill()
+    assert first.returncode == 1 and second.communicate()[0] == "", "rank 0 prints"
+    assert errors.startswith("robustfast: another rank has ended, or has not answered for 60 s: "), errors
+    assert shown.startswith("1 of 8  both  loss") and not (out / files.RESULTS).exists()
+    config, _ = loop.saved_run(out)
+    assert_same_run(resume(out), train(config, tmp_path / "whole"))
