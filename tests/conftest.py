@@ -146,6 +146,21 @@ def tiny(tmp_path_factory):
     )
 
 
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """``folder:DIR`` with two classes of training and test images of several sizes and formats, darker and lighter."""
+    from PIL import Image
+
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for part, count in (("train", 24), ("test", 6)):
+        for label, name in enumerate(("dark", "light")):
+            (folder / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 120, (20 + i % 7, 30 - i % 5, 3)) + 110 * label
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / part / name / f"{i}.{('png', 'jpg')[i % 2]}")
+    return f"folder:{folder}"
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """Small tensors gain nothing from threads, and tests that run side by side lose by them."""

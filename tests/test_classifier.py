@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from test_distributed import run_ranks
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.parallel import DistributedDataParallel
 
 from robustfast import DiscriminativeLoss, RobustClassifier
@@ -130,6 +131,30 @@ def test_one_graph(images, kind):
             compiled(images, LABELS, IDS, draw)["loss"], module(images, LABELS, IDS, draw)["loss"]
         )
     torch.testing.assert_close(compiled._orig_mod.state_dict(), module.state_dict())
+
+
+def test_batches_of_any_size_take_two_compilations():
+    """PyTorch's convolutions on the CPU compile anew at 16 images; this model has none."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 6), nn.Linear(6, 4))
+    step = RobustClassifier(model, DiscriminativeLoss(4, 6), classifier="2", seed=9, **NOISE)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(copy.deepcopy(step), fullgraph=True, backend=counter)
+    for n in (5, 7, 2, 64, 33):
+        images = torch.randint(256, (n, 3, 8, 8), dtype=torch.uint8)
+        labels, ids = torch.arange(n) % 4, torch.arange(n)
+        found = compiled(images, labels, ids)["loss"]
+        found.backward()
+        torch.testing.assert_close(found, step(images, labels, ids)["loss"])
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("cross_entropy", ["clean", "both"])
+def test_label_smoothing(images, cross_entropy):
+    module = build(loss=None, cross_entropy=cross_entropy, label_smoothing=0.2, seed=9)
+    views = noisy_pair(images, 0.2, mean=NOISE["mean"], pixel_std=NOISE["pixel_std"], seed=9, sample_ids=IDS, draw=4)
+    entropies = [F.cross_entropy(module.model(view), LABELS, label_smoothing=0.2) for view in views]
+    expected = entropies[0] if cross_entropy == "clean" else sum(entropies) / 2
+    torch.testing.assert_close(module(images, LABELS, IDS, 4)["loss"], expected)
 
 
 def ddp_step(rank, begin):

@@ -73,6 +73,24 @@ def test_a_resumed_run_is_the_uninterrupted_one(tiny, tmp_path, method):
     assert ("classifier.loss.centroids" in tensors) == method.startswith("discriminative")
 
 
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_every_part_of_a_trainer_is_resumed(tiny, tmp_path, amp):
+    """The scaler, which begins with steps that it leaves out, the averaged weights, AdamW's moments."""
+    config = replace(
+        tiny, model="test_training:linear", epochs=3, amp=amp, ema=0.9, optimizer="adamw", lr=0.003, accumulate=3,
+        schedule="cosine", warmup=0.5,
+    )  # fmt: skip
+    whole = train(config, tmp_path / "whole")
+    with pytest.raises(Interrupt):
+        train(config, tmp_path / "cut", interrupt_after(2))
+    assert without_time(resume(tmp_path / "cut")) == without_time(whole)
+    assert model_bits(tmp_path / "cut") == model_bits(tmp_path / "whole")
+    (tensors, about), (expected, _) = (files.load(tmp_path / name / files.STATE, "state") for name in ("cut", "whole"))
+    assert tensors.keys() == expected.keys() and all(torch.equal(tensors[key], expected[key]) for key in tensors)
+    assert any(name.startswith("average.module.") for name in tensors)
+    assert ("scale" in about["scaler"]) == (amp == "fp16")
+
+
 def test_a_killed_process_is_resumed_to_the_same_bits(tiny, tmp_path):
     """SIGKILL at no chosen moment: whatever was being written, the last whole epoch is there."""
     config = preset("digits", data=tiny.data, epochs=30, batch_size=8, inter_dim=8, crop=1, flip=True, threads=1)

@@ -3,7 +3,9 @@
 import json
 import math
 import re
+import sys
 from dataclasses import fields, replace
+from functools import partialmethod
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from torch import nn
 import robustfast
 from robustfast.evaluation import accuracy, noise, noise_curve
 from robustfast.streams import stream
-from robustfast.training import Config, data, files, loop, models, preset, recipes, train
+from robustfast.training import Config, data, files, load_classifier, loop, models, preset, recipes, train
 from robustfast.training.config import METHODS, from_json
 
 ROOT = Path(__file__).parents[1]
@@ -363,6 +365,129 @@ def test_results_have_the_documented_fields(tiny):
     assert documented["data"] == results["data"].keys() and documented["environment"] == results["environment"].keys()
     assert results["config"].keys() == {field.name for field in fields(Config)}
     assert [point["sigma"] for point in results["test"]] == [0.0, *tiny.test_sigmas]
+
+
+def history(config):
+    return [record["loss"] for record in train(config)["history"]]
+
+
+def test_parts_of_a_step_add_up_to_it(tiny):
+    """Of a mean over samples; parts of 49 images in 8s, the last alone, are uneven."""
+    config = replace(tiny, method="both", epochs=2)
+    expected = history(config)
+    for accumulate in (2, 3, 100):
+        assert history(replace(config, accumulate=accumulate)) == pytest.approx(expected, rel=1e-4)
+    parts = loop._parts(torch.arange(8), 3)
+    assert [part.positions.tolist() for part in parts] == [[0, 1, 2], [3, 4, 5], [6, 7]]
+    assert [part.share for part in parts] == [3 / 8, 3 / 8, 2 / 8] and [part.last for part in parts] == [0, 0, 1]
+
+
+def linear(num_classes):
+    """A model that costs nothing, in float16 neither: convolutions on the CPU are slow in that."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, num_classes))
+
+
+LINEAR = f"{__name__}:linear"
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision_trains(tiny, amp):
+    config = replace(tiny, epochs=2, amp=amp, model=LINEAR, lr=1e-4)
+    setup = loop.prepare(config)
+    run = loop.Run(setup)
+    seen = []
+    run.model.fc.register_forward_hook(lambda layer, inputs, output: seen.append(output.dtype))
+    losses = [loop.train_epoch(setup, run)["loss"] for _ in range(2)]
+    assert seen[0] == run.dtype and seen[-1] == torch.float32, "validation is in full precision"
+    assert run.model.fc.weight.dtype == run.classifier.loss.centroids.dtype == torch.float32
+    assert losses == pytest.approx(history(replace(config, amp="none")), rel=0.2)
+
+
+def test_the_scaler_leaves_out_what_is_not_finite(tiny, monkeypatch):
+    """The first step's scale is far too large; the others' loss counts, and a run in which none is taken fails."""
+    setup = loop.prepare(replace(tiny, amp="fp16", epochs=1, model=LINEAR))
+    run = loop.Run(setup)
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-30)
+    before = run.model.fc.weight.clone()
+    batch = next(iter(loop.batches(setup, 0)))
+    run.classifier.train()
+    run.backward(*reversed(batch))
+    run.step(0.1)
+    assert torch.equal(run.model.fc.weight, before) and run.scaler.get_scale() == 2.0**10
+    assert run.classifier.loss.centroids.isfinite().all()
+    with torch.no_grad():
+        run.model.fc.bias[0] = math.nan
+    with pytest.raises(FloatingPointError, match="epoch 1: the loss is nan"):
+        loop.train_epoch(setup, run)
+
+
+def test_averaged_weights_are_evaluated_and_kept(tiny, tmp_path):
+    config = replace(tiny, epochs=1, ema=0.75)
+    weights = []
+    step = loop.Run.step
+
+    def followed(run, rate):
+        step(run, rate)
+        weights.append(run.model.fc.weight.detach().clone())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Run, "step", followed)
+        train(config, tmp_path)
+    expected = weights[0]
+    for weight in weights[1:]:
+        expected = 0.75 * expected + 0.25 * weight
+    kept = load_file(tmp_path / files.MODEL)["fc.weight"]
+    torch.testing.assert_close(kept, expected)
+    assert (kept - weights[-1]).abs().max() > 1e-4
+
+
+def test_schedules():
+    config = Config(lr=0.5, warmup=2.0, epochs=10, schedule="cosine")
+    rates = [config.learning_rate(epoch) for epoch in (0, 1, 2, 6, 10)]
+    assert rates == pytest.approx([0.005, 0.2525, 0.5, 0.25, 0])
+    config = replace(config, schedule="step", milestones=(4,), decay=0.1)
+    assert [config.learning_rate(epoch) for epoch in (0.5, 3.99, 4)] == pytest.approx([0.12875, 0.5, 0.05])
+
+
+def test_the_learning_rate_moves_within_an_epoch(tiny, monkeypatch):
+    rates, step = [], loop.Run.step
+    monkeypatch.setattr(loop.Run, "step", lambda run, rate: (rates.append(rate), step(run, rate)))
+    config = replace(tiny, epochs=2, batch_size=16, schedule="cosine")
+    history = train(config)["history"]
+    assert rates == pytest.approx([config.learning_rate(i / 3) for i in range(6)], rel=1e-9)
+    assert [record["lr"] for record in history] == [config.learning_rate(0), config.learning_rate(1)]
+
+
+def test_a_compiled_run_is_the_eager_one(tiny, monkeypatch):
+    """With the compiler's own backend it takes minutes here."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
+    config = replace(tiny, epochs=2, batch_size=10)
+    assert history(replace(config, compile=True)) == pytest.approx(history(config), rel=1e-3)
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+def test_models_of_others(tiny, tmp_path):
+    """Their last layer is the penultimate one."""
+    config = replace(tiny, model=LINEAR, epochs=1)
+    train(config, tmp_path)
+    classifier = load_classifier(tmp_path)
+    assert classifier.model.backbone[1].out_features == config.inter_dim == classifier.fc.in_features
+    assert classifier.features(torch.rand(2, 3, 8, 8)).shape == (2, config.inter_dim)
+    for name, reason in (
+        ("nowhere:net", "No module named 'nowhere'"),
+        (f"{__name__}:nothing", "has no attribute 'nothing'"),
+        ("torch.nn:Flatten", "num_classes"),
+        ("builtins:dict", "expected a torch.nn.Module, got dict"),
+    ):
+        with pytest.raises(ValueError, match=rf"^model: {name}: .*{reason}"):
+            loop.Run(loop.prepare(replace(config, model=name)))
+
+
+def test_timm_is_named_where_it_is_missing(tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ModuleNotFoundError, match=r"^timm is not installed; install it with: pip install timm$"):
+        loop.Run(loop.prepare(replace(tiny, model="timm:resnet18")))
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
