@@ -5,6 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from loss_cases import random_case
+
+from robustfast import DiscriminativeLoss, collectives, distributed, global_batch
 
 SCRIPT = str(Path(__file__).resolve().parents[1] / "benchmarks" / "scaling.py")
 
@@ -27,6 +31,32 @@ def test_fit_finds_what_times_were_made_of(scaling):
         row["seconds"] = alpha * hops + beta * sent
     assert scaling["terms"]({"world": 4, "collective": "all_reduce", "bytes": 400}) == (6, 600)
     assert scaling["fit"](rows) == pytest.approx((alpha, beta))
+
+
+@pytest.mark.parametrize("exchange", ["sums", "gather"])
+def test_bytes_are_those_of_a_step(scaling, exchange, monkeypatch):
+    """Collectives of two ranks that have the same batch, counted."""
+    n, dim, num_classes, world, sent = 48, 12, 8, 2, []
+
+    def all_gather(mine, group):
+        sent.append(("all_gather", world * mine.nbytes))
+        return torch.cat([mine] * world)
+
+    def all_reduce(tensor, op, group):
+        sent.append(("all_reduce", tensor.nbytes))
+        return tensor.mul_(world) if op == "SUM" else tensor
+
+    for name, stand_in in {"all_gather": all_gather, "all_reduce": all_reduce, "size": lambda group: world}.items():
+        monkeypatch.setattr(collectives, name, stand_in)
+    monkeypatch.setattr(collectives, "rank", lambda group: 0)
+    monkeypatch.setattr(global_batch, "SPLIT_SEARCH", {"cpu": 0})
+    f, g, target, *_ = random_case(n, dtype=torch.bfloat16)
+    monkeypatch.setattr(distributed, "training_group", lambda module: "both")
+    loss = DiscriminativeLoss(num_classes, dim, exchange=exchange, max_batch=n)
+    fc = torch.nn.Linear(dim, num_classes)
+    loss(f, g, target, fc).backward()
+    problem = scaling["Problem"]("", num_classes, dim, n)
+    assert sent == scaling["EXCHANGES"][exchange](problem, world)
 
 
 def test_page_is_what_the_results_say(monkeypatch):
