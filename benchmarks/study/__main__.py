@@ -38,6 +38,7 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=arms.SEEDS, help="of the methods")
     parser.add_argument("--variation-seeds", type=int, default=arms.SEEDS, help="of the variations")
+    parser.add_argument("--collect", action="store_true", help="the JSON of what is finished, no runs")
     arguments = parser.parse_args()
     if arguments.what == "document":
         _document()
@@ -47,11 +48,18 @@ def main() -> None:
     if arguments.what == "mnist":
         settings = {**MNIST, "data": f"npz:{_part(arguments.mnist, out / 'data.npz')}"}
     about = {"data": arguments.what, "changes": {**settings, "data": arguments.what}}
+
+    def collect() -> None:
+        disk.write_json(RESULTS / f"study_{arguments.what}.json", collected.collect(out / "runs", about))
+
+    if arguments.collect:
+        collect()
+        return
     for chosen, seeds in ((arms.METHOD_ARMS, arguments.seeds), (arms.VARIATIONS, arguments.variation_seeds)):
         for seed in range(seeds):
             for arm in chosen:
                 print(_run(arm, seed, settings, out / "runs"), flush=True)
-            disk.write_json(RESULTS / f"study_{arguments.what}.json", collected.collect(out / "runs", about))
+            collect()
 
 
 def _document() -> None:
