@@ -69,8 +69,8 @@ struct Cuts {
   int64_t at[count];
 
   explicit Cuts(int64_t dim) {
-    const int64_t first = dim < 256 ? 4 : 3;  // eighths; more where to look at a pair costs more than the product
-    for (int k = 0; k < count; ++k) at[k] = dim < 64 ? dim : dim * (first + 2 * k) / 8;
+    const int64_t first = dim < 1024 ? 5 : 3;  // eighths; more where to look at a pair costs more than the product
+    for (int k = 0; k < count; ++k) at[k] = dim < 64 ? dim : std::min(dim, dim * (first + 2 * k) / 8);
   }
 };
 
@@ -78,7 +78,6 @@ struct Cuts {
 template <class F>
 struct Norms {
   F square, norm, bias;  // ||W_i||^2, ||W_i|| or more, |b_i|
-  bool zero;             // W_i = 0
   F rest[Cuts::count];   // the norm of the columns from each cut on, or more
 
   template <class T>
@@ -92,7 +91,6 @@ struct Norms {
     norms.square = square + square_norm<F>(w, 0, cuts.at[0]);
     norms.norm = std::sqrt(norms.square + underflow<F>(dim));
     norms.bias = std::abs(bias);
-    norms.zero = norms.square == F(0) && std::all_of(w, w + dim, [](T x) { return to_float(x) == 0; });
     return norms;
   }
 };
@@ -191,10 +189,12 @@ struct Search {
   const F* mu(int64_t row) const { return mus + row * dim; }
 
   // The pair's score, computed directly: what the rounding of the products hides, the difference of the rows shows.
-  void look_at(int64_t row, int64_t i, Best<F>& best) const {
+  // Whether there is a boundary: not between equal rows.
+  bool look_at(int64_t row, int64_t i, Best<F>& best) const {
     const F bias_difference = bias(i) - own.bias(row);
     const Boundary<F> found = boundary(weight(i), own.weight(row), mu(row), bias_difference, dim);
-    if (found.distance != F(0)) best.consider(found.score, int32_t(i));  // no boundary between equal rows
+    if (found.distance != F(0)) best.consider(found.score, int32_t(i));
+    return found.distance != F(0);
   }
 
   std::vector<Best<F> > run() const;
@@ -219,7 +219,6 @@ struct Panel {
   int size;
   Lines<F> data;  // (dim, columns)
   F square[columns], norm[columns], bias[columns], rest[Cuts::count][columns];
-  bool zero[columns];
 
   const F* at(int64_t d) const { return data[0].values + d * columns; }
 
@@ -244,9 +243,19 @@ struct Panel {
       norm[i] = norms.norm;
       for (int k = 0; k < Cuts::count; ++k) rest[k][i] = norms.rest[k];
       bias[i] = search.bias(c);
-      zero[i] = norms.zero;
     }
   }
+};
+
+// Which rows were found equal: those with the same number here. So a W of many equal rows has few pairs to look at.
+struct Twins {
+  std::vector<int32_t> of_class, of_row;
+
+  Twins(int64_t num_classes, int64_t rows) : of_class(num_classes), of_row(rows, std::numeric_limits<int32_t>::max()) {
+    for (int64_t c = 0; c < num_classes; ++c) of_class[c] = int32_t(c);
+  }
+  bool known(int64_t row, int64_t c) const { return of_row[row] == of_class[c]; }
+  void add(int64_t row, int64_t c) { of_row[row] = of_class[c] = std::min(of_row[row], of_class[c]); }
 };
 
 // More than the logit of a row's pair with class i of a panel, less that of its own class.
@@ -302,7 +311,8 @@ struct BoundedSearch {
   }
 
   void look_in_panels(int64_t from, int64_t to, Best<F>* best) const;
-  void look_in_tile(int64_t tile, const Panel<F>& panel, const F* logits, F* products, F* rest, Best<F>* best) const;
+  void look_in_tile(int64_t tile, const Panel<F>& panel, const F* logits, F* products, F* rest, Best<F>* best,
+                    Twins& twins) const;
   void look_at_highest(int64_t tile, const std::vector<Panel<F> >& panels, const F* logits, Best<F>* best) const;
   bool can_win(int64_t row, const Panel<F>& panel, int i, F logit, F product, const Best<F>& best) const;
 };
@@ -373,7 +383,7 @@ void multiply_block(const PackedRows<F>& rows, int64_t tile, int64_t end_tile, c
 // Looks at the pairs of a tile's rows with a panel that can win. `rest` is space for (dim - head, Tile::rows).
 template <class T, class F>
 void BoundedSearch<T, F>::look_in_tile(int64_t tile, const Panel<F>& panel, const F* logits, F* products, F* rest,
-                                       Best<F>* best) const {
+                                       Best<F>* best, Twins& twins) const {
   constexpr int columns = Tile<F>::columns, few = columns / 5;
   static constexpr F none[columns] = {};
   const int64_t row = tile * Tile<F>::rows, begin = search.head;
@@ -400,11 +410,12 @@ void BoundedSearch<T, F>::look_in_tile(int64_t tile, const Panel<F>& panel, cons
       if (!possible[r][i]) continue;
       --counts[r];
       const int64_t c = panel.first + i;
-      if (c == known.c || (panel.zero[i] && known.own.zero)) continue;
+      if (c == known.c || twins.known(row + r, c)) continue;
       // Where no score beats another the lowest index wins.
       if ((known.level || std::isnan(found.score)) && found.winner >= 0 && c > found.winner) continue;
       const int at = r * columns + i;
-      if (whole || can_win(row + r, panel, i, logits[at], products[at], found)) search.look_at(row + r, c, found);
+      if (!whole && !can_win(row + r, panel, i, logits[at], products[at], found)) continue;
+      if (!search.look_at(row + r, c, found)) twins.add(row + r, c);
     }
   }
 }
@@ -417,6 +428,7 @@ void BoundedSearch<T, F>::look_in_panels(int64_t from, int64_t to, Best<F>* best
   const Lines<F> space = lines<F>(2 * block_size), rest = lines<F>((search.dim - search.head) * Size::rows);
   F *const logits = space[0].values, *const products = logits + block_size;
   std::vector<Panel<F> > panels;
+  Twins twins(search.num_classes, search.present);
   for (int64_t p = from; p < to; p += panels.size()) {
     panels.resize(std::min<int64_t>(Size::panels_of_group, to - p));
     for (size_t k = 0; k < panels.size(); ++k) panels[k].pack(search, (p + k) * Size::columns);
@@ -429,7 +441,8 @@ void BoundedSearch<T, F>::look_in_panels(int64_t from, int64_t to, Best<F>* best
         // Without a good score to beat, most of the first pairs would seem possible.
         if (p == from) look_at_highest(t, panels, logits + at, best);
         for (size_t k = 0; k < panels.size(); ++k) {
-          look_in_tile(t, panels[k], logits + at + k * tile_size, products + at + k * tile_size, rest[0].values, best);
+          look_in_tile(t, panels[k], logits + at + k * tile_size, products + at + k * tile_size, rest[0].values, best,
+                       twins);
         }
       }
     }
