@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -40,6 +39,12 @@ PROBLEMS = {
     "gfx942": FEW,
 }
 
+KERNELS = {
+    "group_kernel", "rank_kernel", "label_kernel", "rows_kernel", "step_kernel", "sums_kernel", "variance_kernel",
+    "prepare_kernel", "search_kernel", "settle_kernel", "finish_kernel", "backward_kernel", "add_noise_kernel",
+    "noisy_pair_kernel", "noisy_pair_backward_kernel",
+}  # fmt: skip
+
 
 def run_script(argument: str, problems: list[dict], cache: Path):
     """What compile_triton.py prints, where kernels are not interpreted."""
@@ -54,17 +59,6 @@ def run_script(argument: str, problems: list[dict], cache: Path):
     return json.loads(result.stdout)
 
 
-@pytest.fixture(scope="module")
-def reports(tmp_path_factory):
-    """The compiler's report of every kernel that the launchers choose for these problems, by target."""
-
-    def compile_for(target: str) -> list[dict]:
-        return run_script(target, PROBLEMS[target], tmp_path_factory.mktemp(target))
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(TARGETS, pool.map(compile_for, TARGETS), strict=True))
-
-
 def test_noise_of_other_epochs_and_batches_needs_no_other_kernels(tmp_path):
     kernels = [report["kernel"] for report in run_script("sm_90", [{"batches": 20}], tmp_path)]
     assert sorted(kernels) == ["add_noise_kernel", "noisy_pair_kernel", "words_kernel"]
@@ -77,25 +71,12 @@ def test_batches_of_other_sizes_need_no_other_kernels(tmp_path):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_nothing_spills(reports, target):
-    spilled = [report for report in reports[target] if report["spills"] > 0]
-    assert not spilled
-
-
-@pytest.mark.parametrize("target", TARGETS)
-def test_search_uses_the_matrix_units(reports, target):
-    searches = [report for report in reports[target] if report["kernel"] == "search_kernel"]
+def test_kernels_that_the_launchers_choose(target, tmp_path):
+    """They compile, nothing spills, and searches use the matrix units; by the compiler's report of every kernel."""
+    reports = run_script(target, PROBLEMS[target], tmp_path)
+    assert not [report for report in reports if report["spills"] > 0]
+    searches = [report for report in reports if report["kernel"] == "search_kernel"]
     types = {report["types"][0] for report in searches}
     assert types >= {"*bf16", "*fp16", "*fp32"}
-    for report in searches:
-        if report["types"][0] in MATRIX_TYPES:
-            assert report["matrix"] > 0, report
-
-
-def test_every_kernel_is_compiled(reports):
-    kernels = {report["kernel"] for report in reports["sm_90"]}
-    assert kernels == {
-        "group_kernel", "rank_kernel", "label_kernel", "rows_kernel", "step_kernel", "sums_kernel", "variance_kernel",
-        "prepare_kernel", "search_kernel", "settle_kernel", "finish_kernel", "backward_kernel", "add_noise_kernel",
-        "noisy_pair_kernel", "noisy_pair_backward_kernel",
-    }  # fmt: skip
+    assert not [report for report in searches if report["types"][0] in MATRIX_TYPES and report["matrix"] == 0]
+    assert {report["kernel"] for report in reports} == KERNELS
