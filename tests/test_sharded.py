@@ -1,5 +1,6 @@
 """Classes split over ranks: the loss, its cross entropy and checkpoints are those of all classes on one rank."""
 
+import copy
 import warnings
 from functools import partial
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from loss_cases import random_case
 from ranks import run_ranks
 from torch import nn
@@ -254,6 +256,102 @@ def damaged(group, rank, folder):
     torch.testing.assert_close(full(head.state_dict()), before, rtol=0, atol=0)
 
 
+def bytes_sent(call, group):
+    """What ``call()`` sends from a rank by ring algorithms, counted at torch.distributed's functions."""
+    share = (collectives.size(group) - 1) / collectives.size(group)
+    sent = [0.0]
+
+    def counting(function, of, times):
+        def counted(*tensors, **keywords):
+            sent[0] += times * share * tensors[of].nbytes
+            return function(*tensors, **keywords)
+
+        return counted
+
+    counted = {"all_reduce": (0, 2)}  # which argument is the whole, and how often it goes round
+    for newer, older, of in (
+        ("all_gather_single", "all_gather_into_tensor", 0),
+        ("reduce_scatter_single", "reduce_scatter_tensor", 1),
+    ):
+        counted[newer if hasattr(dist, newer) else older] = (of, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, (of, times) in counted.items():
+            patch.setattr(dist, name, counting(getattr(dist, name), of, times))
+        result = call()
+        after_forward = sent[0]
+        result.backward()
+    assert sent[0] == after_forward  # no collective in backward
+    return sent[0]
+
+
+def bytes_as_derived(group):
+    """docs/scaling.md's formulas."""
+    world, num_classes, most = collectives.size(group), 40, 6
+    case = whole(num_classes, 10)
+    samples = slice(0, most) if collectives.rank(group) == 0 else slice(most, most + 1)
+    n, rows, share = world * most, min(world * most, num_classes), (world - 1) / world
+    for dtype, element in ((torch.float32, 4), (torch.bfloat16, 2)):
+        f, g = (t[samples].to(dtype).requires_grad_() for t in case[:2])
+        target = case[2][samples]
+        head = ShardedDiscriminativeLoss(num_classes, DIM, process_group=group)
+        for noisy in (False, True):
+            features = n * ((1 + noisy) * DIM * element + 8)
+            expected = share * (features + rows * (24 * DIM + 40)) + 16 * (world - 1)
+            assert bytes_sent(lambda f=f, g=g if noisy else None: head(f, g, target), group) == pytest.approx(expected)
+        expected = share * n * (DIM * element + 4 * DIM + 40) + 16 * (world - 1)
+        assert bytes_sent(lambda f=f: head.cross_entropy(f, target, 0.1), group) == pytest.approx(expected)
+
+
+def errors_on_every_rank(group, rank):
+    """What is wrong on one rank is an error on all, so that none waits."""
+    head = head_of(whole(11), group, torch.float64)
+    f, g, target, *_ = whole(11, 4)
+    for call in (lambda: head(f, g, wrong), lambda: head.cross_entropy(f, wrong)):
+        wrong = torch.where(torch.arange(4) == 2, 11 if rank == 1 else 0, target)
+        with pytest.raises(IndexError, match=r"target: .*label.* outside 0\.\.10"):
+            call()
+    with pytest.raises(ValueError, match="input_noise: expected a noisy view on all ranks or on none"):
+        head(f, g if rank else None, target)
+    with pytest.raises(ValueError, match=r"input: expected shape \(4, 5\)|weight: expected shape"):
+        head(f[:, 1:], None, target)
+
+
+def every_way_of_having_it(group):
+    """A limit for the batches, another draw of the weights, copies, evaluation, activation checkpoints, half types."""
+    f, g, target, *_ = case = whole(11)
+    expected, _, _ = sharded(case, 0.0, group, torch.float64)
+    limited, _, _ = sharded(case, 0.0, group, torch.float64, max_batch=10)
+    torch.testing.assert_close(limited, expected, rtol=0, atol=0)
+
+    torch.manual_seed(5)
+    drawn = full(ShardedDiscriminativeLoss(11, DIM, process_group=group).state_dict())
+    torch.manual_seed(5)
+    torch.testing.assert_close(drawn, ShardedDiscriminativeLoss(11, DIM, process_group=False).state_dict())
+    assert drawn["weight"].unique().numel() == 11 * DIM and drawn["weight"].abs().max() <= DIM**-0.5
+
+    head = head_of(case, group, torch.float64)
+    before = head.centroids.clone()
+    twin = copy.deepcopy(head).eval()
+    torch.testing.assert_close(twin(f, g, target), head_of(case, group, torch.float64)(f, g, target))
+    with torch.no_grad():
+        head(f, g, target)
+    assert torch.equal(twin.centroids, before) and torch.equal(head.centroids, before)
+
+    leaf = f.clone().requires_grad_()
+    torch.utils.checkpoint.checkpoint(head, leaf, g, target, use_reentrant=False).backward()
+    once = head_of(case, group, torch.float64)
+    once(leaf, g, target)
+    torch.testing.assert_close(head.centroids, once.centroids)  # moved once
+
+    half = head_of(case, group, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        leaf = f.bfloat16().requires_grad_()
+        value = half(leaf, g.bfloat16(), target) + half.cross_entropy(leaf, target)
+    value.backward()
+    assert value.dtype == half.weight.grad.dtype == torch.float32 and leaf.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(value.double(), expected[0] + expected[1], rtol=0.1, atol=0.1)
+
+
 def every_check(rank, initialise, folder):
     warnings.simplefilter("error")  # no deprecated collective either
     initialise()
@@ -264,6 +362,9 @@ def every_check(rank, initialise, folder):
         equals_plain(group)
         exact_rows(group)
     under_ddp(world)
+    bytes_as_derived(world)
+    errors_on_every_rank(world, rank)
+    every_way_of_having_it(world)
     resharded((world, three, singles[rank]), rank, folder)
     damaged(world, rank, folder)
 
