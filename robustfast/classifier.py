@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustfast import distributed
+from robustfast import process_groups
 from robustfast.functional import Terms, noisy_pair
 
 IGNORED = -100  # label that counts nowhere, that of F.cross_entropy
@@ -176,11 +176,11 @@ class RobustClassifier(nn.Module):
         return self.classifier(view.features) if view.logits is None else view.logits
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        group = distributed.training_group(self)
+        group = process_groups.training_group(self)
         if group is None:
             return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         values = F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.label_smoothing)
-        return distributed.mean(values, group, counted=labels != IGNORED)
+        return process_groups.mean(values, group, counted=labels != IGNORED)
 
     def _keep_features(self, layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         self._features = arguments[0]

@@ -18,7 +18,7 @@ from torch import Tensor
 from robustfast import checks, collectives
 from robustfast.autograd import once_differentiable
 from robustfast.checks import wide_dtype
-from robustfast.shards import Block, gather_batch
+from robustfast.shards import Block, gather_samples
 
 LOGITS = 2**24  # that exist at a time: 64 MiB in float32
 
@@ -97,11 +97,10 @@ class CrossEntropyFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, target, weight, bias, block, label_smoothing, ignore_index, max_batch):
         with torch.autocast(input.device.type, enabled=False):
-            batch = gather_batch(input, None, target, block.group, ignore_index, max_batch)
-            checks.labels(batch.target, block.num_classes, ignore_index)
-            counted = batch.target != ignore_index
-            f = batch.input.masked_fill(~counted.unsqueeze(1), 0)
-            row, mine = block.local(batch.target)
+            (f, _, target), _ = gather_samples(block, input, None, target, ignore_index, max_batch)
+            counted = target != ignore_index
+            f = f.masked_fill(~counted.unsqueeze(1), 0)
+            row, mine = block.local(target)
             label = torch.where(mine & counted, row, -1)  # the row of the sample's class, -1 where it is not here
             targets = Targets(1 - label_smoothing, label_smoothing / block.num_classes)
             part = softmax_part(f, label, weight, bias, targets.every > 0)

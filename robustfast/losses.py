@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustfast import checks, distributed, functional
+from robustfast import checks, functional, process_groups
 from robustfast.global_batch import EXCHANGES, Ranks, choose
 from robustfast.reference import Settings, Terms
 
@@ -101,7 +101,7 @@ class DiscriminativeLoss(nn.Module):
             The scalar loss, or all of :class:`~robustfast.functional.Terms` where ``return_terms`` holds.
         """
         weight, bias = checks.classifier(fc, input, self.num_classes, self.dim)
-        group = distributed.training_group(self)
+        group = process_groups.training_group(self)
         ranks = None if group is None else self._ranks(input, group)
         settings = Settings(self.delta_var, self.delta_dist, self.alpha, self.beta, self.gamma, self.momentum)
         state = self._buffers  # which a module looks through slowly
@@ -160,4 +160,4 @@ class DiscriminativeLoss(nn.Module):
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"process_group": distributed.portable(self.process_group)}
+        return self.__dict__ | {"process_group": process_groups.portable(self.process_group)}

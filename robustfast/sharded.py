@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustfast import checks, collectives, distributed, functional, reference, steps
+from robustfast import checks, collectives, functional, process_groups, reference, steps
 from robustfast.autograd import once_differentiable
 from robustfast.backends import resolve
 from robustfast.checks import wide_dtype
 from robustfast.cross_entropy import cross_entropy, linear_cross_entropy
 from robustfast.losses import DiscriminativeLoss
 from robustfast.reference import Groups, Settings, Terms
-from robustfast.shards import Block, best_of_ranks, fetch, gather_batch
+from robustfast.shards import Block, best_of_ranks, fetch, gather_samples
 
 
 def discriminative_loss(
@@ -67,15 +67,15 @@ class ShardedLossFunction(torch.autograd.Function):
     ):  # fmt: skip
         step, s, wide = steps.of(backend), steps.as_settings(settings, scheduled), wide_dtype(input)
         with torch.autocast(input.device.type, enabled=False):
-            batch = gather_batch(input, input_noise, target, block.group, ignore_index, max_batch)
-            checks.labels(batch.target, block.num_classes, ignore_index)
-            groups = reference.group(batch.target, block.num_classes, ignore_index)
+            batch = gather_samples(block, input, input_noise, target, ignore_index, max_batch)
+            f, g, labels = batch.tensors
+            groups = reference.group(labels, block.num_classes, ignore_index)
             rows, counts = len(groups.classes), groups.counts.to(wide)
             row = groups.slot.masked_fill(groups.slot == rows, -1)
 
             bias_of = () if bias is None else (bias,)
             weight_c, previous, known, *bias_c = fetch(block, groups.classes, (weight, centroids, seen, *bias_of), wide)
-            mu = step.class_sums(batch.input, row, rows, -1)[:, :-1] / counts.clamp(min=1).unsqueeze(1)
+            mu = step.class_sums(f, row, rows, -1)[:, :-1] / counts.clamp(min=1).unsqueeze(1)
             tau = torch.where(known > 0, 1 - s.momentum, torch.ones_like(known))
             blended = tau.unsqueeze(1) * mu + s.momentum * previous
             centroid = torch.where(known.unsqueeze(1) > 0, blended, mu)
@@ -84,7 +84,7 @@ class ShardedLossFunction(torch.autograd.Function):
 
             sample_share = groups.taken / (groups.present * counts.clamp(min=1))
             slot, pull, pull_sum, (compactness, alignment) = step.class_pulls(
-                batch.input, batch.input_noise, row, centroid, sample_share, settings, scheduled, norm, -1
+                f, g, row, centroid, sample_share, settings, scheduled, norm, -1
             )
             winner = winners(step, block, mu, weight_c, *(bias_c or (None,)), weight, bias)
             weight_w, *bias_w = fetch(block, winner, (weight, *bias_of), wide)
@@ -186,11 +186,10 @@ class ShardedDiscriminativeLoss(DiscriminativeLoss):
     Args:
         num_classes: K >= 2, of all ranks together.
         dim: D, the number of penultimate features.
-        arguments, keywords: the other arguments of :class:`~robustfast.DiscriminativeLoss`.
+        arguments, keywords: the other arguments of :class:`~robustfast.DiscriminativeLoss`, but for ``exchange``.
+            Without ``max_batch`` the host waits for the size of the largest batch at each step.
         process_group: as DiscriminativeLoss's; it is settled here, since it says which classes a rank has.
         bias: whether there is a bias.
-        max_batch: a number of samples that no rank's batch exceeds. Without it the ranks tell each other the sizes of
-            their batches at each step, and on a GPU the host waits for them.
     """
 
     weight: nn.Parameter
@@ -203,11 +202,11 @@ class ShardedDiscriminativeLoss(DiscriminativeLoss):
         *arguments: Any,
         process_group: Any,
         bias: bool = True,
-        max_batch: int | None = None,
         **keywords: Any,
     ) -> None:
+        if "exchange" in keywords:
+            raise TypeError("exchange: ShardedDiscriminativeLoss has one way, which gathers the samples")
         super().__init__(num_classes, dim, *arguments, process_group=process_group, **keywords)
-        self.max_batch = max_batch
         self.weight = nn.Parameter(torch.empty(self._classes_here(), dim))
         self.register_parameter("bias", nn.Parameter(torch.empty(self._classes_here())) if bias else None)
         self.reset_parameters()
@@ -309,7 +308,7 @@ class ShardedDiscriminativeLoss(DiscriminativeLoss):
         super()._load_from_state_dict({**state_dict, **own}, prefix, *rest)
 
     def _block(self) -> Block:
-        return Block.of(self.num_classes, distributed.resolve(self.process_group))
+        return Block.of(self.num_classes, process_groups.resolve(self.process_group))
 
     def _classes_here(self) -> int:
         return self._block().size

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from robustfast import collectives
+from robustfast import checks, collectives
+from robustfast.global_batch import Batch, Ranks, gather_batch
 
 
 class Block(NamedTuple):
@@ -36,50 +37,20 @@ class Block(NamedTuple):
         return torch.where(mine, row, 0), mine
 
 
-class Batch(NamedTuple):
-    """The batches of all ranks one after the other, each filled up to the same length with ignored samples."""
-
-    input: Tensor
-    input_noise: Tensor | None
-    target: Tensor
-    mine: slice  # this rank's samples
-
-
-def gather_batch(
-    input: Tensor, input_noise: Tensor | None, target: Tensor, group: Any, ignore_index: int, max_batch: int | None
+def gather_samples(
+    block: Block,
+    input: Tensor,
+    input_noise: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    max_batch: int | None,
 ) -> Batch:
-    """The global batch of ranks with any number of samples.
-
-    Without ``max_batch``, a number that no rank's batch exceeds, the ranks tell each other their sizes first, for which
-    the host waits.
-    """
-    n = len(input)
-    target = target.long()  # one dtype on all ranks, which holds ignore_index
-    if group is None:
-        return Batch(input, input_noise, target, slice(0, n))
-    most = _largest_batch(input, input_noise, group) if max_batch is None else max_batch
-    if n > most:
-        raise ValueError(f"max_batch: expected no fewer than the samples of each rank, got {most} beside {n} samples")
-    first = collectives.rank(group) * most
-    noise = None if input_noise is None else collectives.all_gather(_filled(input_noise, most, 0), group)
-    return Batch(
-        collectives.all_gather(_filled(input, most, 0), group),
-        noise,
-        collectives.all_gather(_filled(target, most, ignore_index), group),
-        slice(first, first + n),
-    )
-
-
-def _largest_batch(input: Tensor, input_noise: Tensor | None, group: Any) -> int:
-    mine = torch.tensor([len(input), input_noise is not None], device=input.device)
-    sizes, noisy = collectives.all_gather(mine.unsqueeze(0), group).unbind(1)
-    if len(set(noisy.tolist())) > 1:
-        raise ValueError(f"input_noise: expected a noisy view on all ranks or on none, got {noisy.tolist()}")
-    return int(sizes.max())
-
-
-def _filled(rows: Tensor, size: int, value: int) -> Tensor:
-    return torch.cat([rows, rows.new_full((size - len(rows), *rows.shape[1:]), value)])
+    """The samples of all ranks, their labels checked."""
+    if block.group is None:
+        checks.labels(target, block.num_classes, ignore_index)
+        return Batch((input, input_noise, target.long()), slice(0, input.shape[0]))
+    ranks = Ranks(block.group, "gather", max_batch)
+    return gather_batch(input, input_noise, target, ranks, block.num_classes, ignore_index)
 
 
 def fetch(block: Block, ids: Tensor, tables: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:

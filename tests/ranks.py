@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 
-def run_ranks(function, path, world=2, seconds=120):
+def run_ranks(function, path, world=2, seconds=240):
     """What ``function(rank, initialise)`` returns in each of the processes; a failure is the first that came."""
     context = torch.multiprocessing.get_context("spawn")
     results = context.Queue()

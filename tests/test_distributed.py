@@ -13,7 +13,7 @@ from ranks import run_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from robustfast import DiscriminativeLoss, distributed
+from robustfast import DiscriminativeLoss, process_groups
 
 WORLD = 2
 
@@ -100,7 +100,7 @@ def errors_and_exceptions(rank, initialise):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         apart(f, g, target, fc)  # once
-        distributed._warn_of_ranks_apart.cache_clear()
+        process_groups._warn_of_ranks_apart.cache_clear()
         apart.process_group = False
         apart(f, g, target, fc)
 

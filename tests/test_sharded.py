@@ -294,20 +294,26 @@ def bytes_as_derived(group):
         f, g = (t[samples].to(dtype).requires_grad_() for t in case[:2])
         target = case[2][samples]
         head = ShardedDiscriminativeLoss(num_classes, DIM, process_group=group)
+
+        def sample(views, element=element):
+            return -(-(8 + views * DIM * element) // 8) * 8  # label and features, in a multiple of 8 bytes
+
+        def of_loss(noisy, head=head, f=f, g=g, target=target):
+            return head(f, g if noisy else None, target)
+
         for noisy in (False, True):
-            features = n * ((1 + noisy) * DIM * element + 8)
-            expected = share * (features + rows * (24 * DIM + 40)) + 16 * (world - 1)
-            assert bytes_sent(lambda f=f, g=g if noisy else None: head(f, g, target), group) == pytest.approx(expected)
-        expected = share * n * (DIM * element + 4 * DIM + 40) + 16 * (world - 1)
-        assert bytes_sent(lambda f=f: head.cross_entropy(f, target, 0.1), group) == pytest.approx(expected)
+            expected = share * (n * sample(1 + noisy) + rows * (24 * DIM + 40) + 64)
+            assert bytes_sent(partial(of_loss, noisy), group) == pytest.approx(expected)
+        expected = share * (n * (sample(1) + 4 * DIM + 32) + 64)
+        assert bytes_sent(partial(head.cross_entropy, f, target, 0.1), group) == pytest.approx(expected)
 
 
 def errors_on_every_rank(group, rank):
     """What is wrong on one rank is an error on all, so that none waits."""
     head = head_of(whole(11), group, torch.float64)
     f, g, target, *_ = whole(11, 4)
+    wrong = torch.where(torch.arange(4) == 2, 11 if rank == 1 else 0, target)
     for call in (lambda: head(f, g, wrong), lambda: head.cross_entropy(f, wrong)):
-        wrong = torch.where(torch.arange(4) == 2, 11 if rank == 1 else 0, target)
         with pytest.raises(IndexError, match=r"target: .*label.* outside 0\.\.10"):
             call()
     with pytest.raises(ValueError, match="input_noise: expected a noisy view on all ranks or on none"):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustfast import distributed
+from robustfast import process_groups
 from robustfast.classifier import RobustClassifier
 from robustfast.losses import DiscriminativeLoss
 from robustfast.training.config import Config
@@ -23,7 +23,9 @@ class Stability(nn.Module):
     process_group = "world"
 
     def forward(self, input: Tensor, input_noise: Tensor, target: Tensor, fc: Any) -> Tensor:
-        return distributed.mean(torch.linalg.vector_norm(input - input_noise, dim=1), distributed.training_group(self))
+        return process_groups.mean(
+            torch.linalg.vector_norm(input - input_noise, dim=1), process_groups.training_group(self)
+        )
 
 
 class OwnCentroids(nn.Module):
