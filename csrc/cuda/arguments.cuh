@@ -49,8 +49,6 @@ struct Loss : SettingsOf<Wide> {
         winner(classes + rows),
         boundary_bias(static_cast<Wide*>(p.boundary_bias)) {}
 
-  RF_INLINE Wide view_weight() const { return has_noise ? this->alpha / 2 : this->alpha; }
-
   // From the sums over rows; one thread calls it.
   RF_DEVICE void write_terms(int32_t present, Wide (&sum)[class_term::count]) const {
     RF_UNROLL
@@ -78,7 +76,7 @@ struct LossGrads {
         n(p.n),
         dim(p.dim),
         num_classes(p.num_classes),
-        rows(p.n < p.num_classes ? p.n : p.num_classes),
+        rows(p.rows),
         slot(p.slot),
         pull(static_cast<const Wide*>(p.pull)),
         centroid(static_cast<const Wide*>(p.tables)),

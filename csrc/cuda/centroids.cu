@@ -10,7 +10,7 @@ constexpr int centroids_threads = 256;
 
 // sum[d] = the features' sum over the chunk's samples.
 template <class T, int count, class Wide>
-RF_DEVICE void sum_chunk(const Loss<Wide>& a, const Workspace<Wide>& w, const Chunk& chunk, Wide* sum) {
+RF_DEVICE void sum_chunk(const Loss<Wide>& a, const Groups& groups, const Chunk& chunk, Wide* sum) {
   constexpr int batch = 4;
   const Teams teams(a.dim / count, centroids_threads);
   for (int64_t first = 0; first < a.dim; first += int64_t(teams.size) * count) {
@@ -21,7 +21,7 @@ RF_DEVICE void sum_chunk(const Loss<Wide>& a, const Workspace<Wide>& w, const Ch
       RF_UNROLL
       for (int b = 0; b < batch; ++b) {
         const int32_t at = j + b * teams.count;
-        const T* row = a.input.template row<T>(w.groups.order[at < chunk.end ? at : j]);
+        const T* row = a.input.template row<T>(groups.order[at < chunk.end ? at : j]);
         x[b] = load_pack<count>(row, column, at < chunk.end ? a.dim : 0);
       }
       RF_UNROLL
@@ -35,6 +35,19 @@ RF_DEVICE void sum_chunk(const Loss<Wide>& a, const Workspace<Wide>& w, const Ch
   }
 }
 
+// The sum over the chunk's row in `sum`; true in the one block that has it.
+template <class T, int count, class Wide>
+RF_DEVICE bool sum_row(const Loss<Wide>& a, const Workspace<Wide>& w, const Chunk& chunk, Wide* sum) {
+  const bool whole = chunk.of_row() == 1;
+  sum_chunk<T, count>(a, w.groups, chunk, whole ? sum : w.partial + chunk.place() * a.dim);
+  if (!whole) {
+    if (!last_to_arrive(w.groups.arrived + chunk.row, unsigned(chunk.of_row()))) return false;
+    add_chunks(chunk, w.partial, a.dim, sum);
+  }
+  __syncthreads();
+  return true;
+}
+
 // From the sum in `mu` to the rest of the row.
 template <int norm, int count, class Wide>
 RF_DEVICE void finish_centroid(const Loss<Wide>& a, const Workspace<Wide>& w, const Chunk& chunk, Wide* mu) {
@@ -42,7 +55,7 @@ RF_DEVICE void finish_centroid(const Loss<Wide>& a, const Workspace<Wide>& w, co
   const bool seen = a.seen[c];
   const Wide samples = Wide(chunk.count());
   Wide *centroid = a.centroid + chunk.row * a.dim, *state = a.centroids + c * a.dim;
-  Wide sums[3] = {0, 0, 0};  // terms of ||m_c||, W_c . mu_c, coordinates that are not finite
+  Wide sums[4] = {0, 0, 0, 0};  // terms of ||m_c||, W_c . mu_c, ||W_c||^2, coordinates that are not finite
 #pragma unroll 1
   for (int64_t d = first; d < a.dim; d += step) {
     auto mean = load_pack<count>(mu, d, a.dim), blended = load_pack<count>(state, d, a.dim);
@@ -53,22 +66,25 @@ RF_DEVICE void finish_centroid(const Loss<Wide>& a, const Workspace<Wide>& w, co
       blended.value[k] = momentum_centroid(mean.value[k], blended.value[k], seen, a.momentum);
       sums[0] += norm_term<norm>(blended.value[k]);
       sums[1] += own.value[k] * mean.value[k];
-      sums[2] += Wide(!is_finite(blended.value[k]));
+      sums[2] += own.value[k] * own.value[k];
+      sums[3] += Wide(!is_finite(blended.value[k]));
     }
     store_pack<Reuse::soon>(mu, d, a.dim, mean);
     store_pack<Reuse::soon>(centroid, d, a.dim, blended);
   }
   block_sum(sums);
-  const bool writes = a.update_state && sums[2] == Wide(0);
+  const bool writes = a.update_state && sums[3] == Wide(0);
   if (writes) {
     for (int64_t d = first; d < a.dim; d += step) {
       store_pack<Reuse::soon>(state, d, a.dim, load_pack<count>(centroid, d, a.dim));
     }
   }
   if (threadIdx.x != 0) return;
+  w.counts[chunk.row] = samples;
   w.length[chunk.row] = length_of<norm>(sums[0]);
   w.tau[chunk.row] = momentum_tau(seen, a.momentum);
   w.search.own_logit[chunk.row] = sums[1] + (a.bias.data ? element<Wide>(a.bias, c) : Wide(0));
+  w.search.own_square[chunk.row] = sums[2];
   if (writes) a.seen[c] = true;
 }
 
@@ -78,16 +94,54 @@ __global__ void __launch_bounds__(centroids_threads, sizeof(Wide) == 4 ? 3 : 2)
   if (int64_t(blockIdx.x) >= w.groups.totals->chunks) return;
   const Chunk chunk(w.groups, blockIdx.x);
   Wide* mu = a.boundary_grad + chunk.row * a.dim;
-  sum_chunk<T, count>(a, w, chunk, chunk.of_row() > 1 ? w.partial + chunk.place() * a.dim : mu);
-  if (chunk.of_row() > 1) {
-    if (!last_to_arrive(w.groups.arrived + chunk.row, unsigned(chunk.of_row()))) return;
-    add_chunks(chunk, w.partial, a.dim, mu);
-  }
-  __syncthreads();
+  if (!sum_row<T, count>(a, w, chunk, mu)) return;
   w.quads ? finish_centroid<norm, quad>(a, w, chunk, mu) : finish_centroid<norm, 1>(a, w, chunk, mu);
 }
 
+// The step alone: rows of dim + 1, which are those of classes; packs are not aligned there, so sums come by way of mu.
+template <class T, int count, class Wide>
+__global__ void __launch_bounds__(centroids_threads, sizeof(Wide) == 4 ? 3 : 2)
+    class_sums_kernel(const Loss<Wide> a, const Workspace<Wide> w, Wide* mu, Wide* sums) {
+  if (int64_t(blockIdx.x) >= w.groups.totals->chunks) return;
+  const Chunk chunk(w.groups, blockIdx.x);
+  mu += chunk.row * a.dim;
+  if (!sum_row<T, count>(a, w, chunk, mu)) return;
+  sums += a.classes[chunk.row] * (a.dim + 1);
+  for (int64_t d = threadIdx.x; d <= a.dim; d += centroids_threads) sums[d] = d < a.dim ? mu[d] : Wide(chunk.count());
+}
+
+template <class Wide>
+struct SumsMemory : StepMemory<Wide> {
+  Wide* mu;  // (rows, dim)
+
+  SumsMemory(const LossParams& p, Arena& arena) : StepMemory<Wide>(p, arena) {
+    mu = arena.take<Wide>(this->a.rows * this->a.dim);
+  }
+};
+
 }  // namespace
+
+size_t class_sums_scratch(const LossParams& p) { return step_scratch<SumsMemory>(p); }
+
+cudaError_t class_sums(const LossParams& p, void* sums, void* scratch, cudaStream_t stream) {
+  return for_wide(p.input.dtype, [&]<class Wide>(Wide) {
+    const size_t bytes = size_t(p.num_classes) * size_t(p.dim + 1) * sizeof(Wide);
+    cudaError_t error = cudaMemsetAsync(sums, 0, bytes, stream);
+    if (error != cudaSuccess || p.n == 0) return error;
+    Arena arena(scratch);
+    const SumsMemory<Wide> m(p, arena);
+    error = m.group(stream);
+    if (error != cudaSuccess) return error;
+    visit_features<Wide>(p.input.dtype, [&](auto feature) {
+      using T = decltype(feature);
+      error = for_packs<T>(whole_packs(p.input, p.dim, sizeof(T)), [&](auto count) {
+        return launch(class_sums_kernel<T, count(), Wide>, unsigned(m.w.groups.max_chunks()), centroids_threads, 0,
+                      stream, m.a, m.w, m.mu, static_cast<Wide*>(sums));
+      });
+    });
+    return error;
+  });
+}
 
 template <class Wide>
 cudaError_t centroids(const Loss<Wide>& a, const Workspace<Wide>& w, Dtype features, int64_t norm,

@@ -20,6 +20,7 @@ struct Groups {
   int32_t chunk_size;                // a power of two
   int32_t *classes, *slot;           // (rows), -1 from P on; (n) the row of each entry, -1 for none, or null
   int32_t* winner = nullptr;         // (rows), set to -1 where it is given
+  bool slot_is_class = false;        // slot has classes in place of rows
   int32_t *order, *begin;            // (n) entries by class; (rows + 1) each row's first position in `order`
   int32_t *chunk_begin, *chunk_row;  // (max_chunks + 1) first position, (max_chunks) row
   int32_t* first_chunk;              // (rows + 1) of each row

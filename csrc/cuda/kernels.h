@@ -33,7 +33,7 @@ struct LossParams {
 struct LossBackwardParams {
   const void* grad_loss;
   Matrix input, input_noise;
-  int64_t n, dim, num_classes;
+  int64_t n, dim, num_classes, rows;
   const int32_t* slot;
   const void *pull, *tables;
   const int32_t* classes;
@@ -50,6 +50,43 @@ cudaError_t discriminative_loss(const LossParams& params, void* scratch, cudaStr
 
 size_t discriminative_loss_backward_scratch(const LossBackwardParams& params);
 cudaError_t discriminative_loss_backward(const LossBackwardParams& params, void* scratch, cudaStream_t stream);
+
+// The steps of the loss. class_sums and class_pulls take of LossParams what they have in common with the whole loss:
+// features, labels, sizes, settings, slot, pull and terms; num_classes is the number of rows.
+size_t class_sums_scratch(const LossParams& params);
+cudaError_t class_sums(const LossParams& params, void* sums, void* scratch, cudaStream_t stream);
+
+size_t class_pulls_scratch(const LossParams& params);
+cudaError_t class_pulls(const LossParams& params, const void* centroid, const void* sample_share, void* pull_sum,
+                        void* scratch, cudaStream_t stream);
+
+struct MarginSearchParams {
+  Dtype wide;
+  const void* mu;
+  ClassifierRows own;  // in the dtype of weight
+  Matrix weight, bias;
+  int64_t rows, dim, num_classes;
+  void* score;
+  int32_t* winner;
+};
+
+size_t margin_search_scratch(const MarginSearchParams& params);
+cudaError_t margin_search(const MarginSearchParams& params, void* scratch, cudaStream_t stream);
+
+struct FinishParams {
+  Dtype wide;
+  Settings settings;
+  int64_t norm, rows, dim;
+  ClassifierRows own, other;
+  const void *counts, *tau, *centroid;
+  void *mu_grad, *boundary_grad;  // hold pull_sum and mu before
+  void* boundary_bias;
+  int32_t* winner;  // of the search before
+  void* terms;      // (2,): margin, regularization
+};
+
+size_t finish_scratch(const FinishParams& params);
+cudaError_t finish(const FinishParams& params, void* scratch, cudaStream_t stream);
 
 // The noise, as in cpu/noise.h.
 cudaError_t add_noise(const Noise& noise, const Samples& samples, Matrix input, Output noisy, cudaStream_t stream);

@@ -17,14 +17,44 @@ template <class Wide>
 struct Workspace {
   Groups groups;
   MarginSearch<Wide> search;
-  bool quads;          // rows of W and of the state are made of fours
-  Wide* partial;       // (places, dim): sums of the chunks of rows with several, see Chunk::place
-  Wide* squares;       // (max_chunks, 2): squared hinges of each chunk's samples
-  Wide *length, *tau;  // (rows): ||m_c||, d m_c / d mu_c
-  Wide* row_terms;     // (class_term::count, rows)
+  bool quads;                   // rows of W and of the state are made of fours
+  Wide* partial;                // (places, dim): sums of the chunks of rows with several, see Chunk::place
+  Wide* squares;                // (max_chunks, 2): squared hinges of each chunk's samples
+  Wide *counts, *length, *tau;  // (rows): n_c, ||m_c||, d m_c / d mu_c
+  Wide* row_terms;              // (class_term::count, rows)
 
+  void place_sums(Arena& arena, const Loss<Wide>& a);  // groups, partial, squares: what a step of its own takes
   void place(Arena& arena, const Loss<Wide>& a);
 };
+
+// A step of its own over the samples, grouped by class: its arguments and what its scratch holds.
+template <class Wide>
+struct StepMemory {
+  Loss<Wide> a;
+  Workspace<Wide> w;
+  void* sort;
+
+  StepMemory(const LossParams& p, Arena& arena) : a(p) {
+    a.classes = arena.take<int32_t>(a.rows);
+    w.place_sums(arena, a);
+    w.groups.slot_is_class = true;
+    sort = arena.take<unsigned char>(int64_t(sort_scratch(a.n)));
+  }
+
+  cudaError_t group(cudaStream_t stream) const {
+    return group_samples(SampleClasses{a.target, a.num_classes, a.ignore_index}, w.groups, sort, stream);
+  }
+};
+
+template <template <class> class Memory>
+size_t step_scratch(const LossParams& p) {
+  Arena arena(nullptr);
+  for_wide(p.input.dtype, [&]<class Wide>(Wide) {
+    Memory<Wide>(p, arena);
+    return cudaSuccess;
+  });
+  return arena.used();
+}
 
 // total[d] = the sum of a row's chunks, in order. Every thread of the block takes its columns.
 template <class Wide>

@@ -35,8 +35,7 @@ cudaError_t prepare(const Loss<Wide>& a, const Workspace<Wide>& w, void* sort, c
 
 // A small problem's backward looks at every row for every class.
 bool small_backward(const LossBackwardParams& p) {
-  const int64_t rows = p.n < p.num_classes ? p.n : p.num_classes;
-  return rows * p.num_classes * (p.dim + 1) <= 1 << 20 && p.n * p.dim <= 1 << 17;
+  return p.rows * p.num_classes * (p.dim + 1) <= 1 << 20 && p.n * p.dim <= 1 << 17;
 }
 
 size_t size_of(Dtype floating) {
@@ -69,37 +68,45 @@ template <class Wide>
 cudaError_t large_backward(const LossBackwardParams& p, void* scratch, cudaStream_t stream) {
   const LossGrads<Wide> a(p);
   cudaError_t error = cudaSuccess;
-  if (a.wants_features()) error = variance_backward(a, p.input.dtype, p.norm, stream);
+  if (a.wants_features() && p.n > 0) error = variance_backward(a, p.input.dtype, p.norm, stream);
   const auto clear = [&](const Output& grad, int64_t elements) {
     if (error != cudaSuccess || !grad.data) return;
     error = cudaMemsetAsync(grad.data, 0, size_t(elements) * size_of(grad.dtype), stream);
   };
   clear(p.grad_weight, p.num_classes * p.dim);
   clear(p.grad_bias, p.num_classes);
-  if (error != cudaSuccess || p.n == 0 || !a.wants_classifier()) return error;
+  if (error != cudaSuccess || p.rows == 0 || !a.wants_classifier()) return error;
   return margin_backward(a, scratch, stream);
 }
 
 }  // namespace
 
 template <class Wide>
-void Workspace<Wide>::place(Arena& arena, const Loss<Wide>& a) {
+void Workspace<Wide>::place_sums(Arena& arena, const Loss<Wide>& a) {
   groups = {.n = a.n,
             .rows = a.rows,
             .num_classes = a.num_classes,
             .chunk_size = chunk_size(a.n),
             .classes = a.classes,
-            .slot = a.slot,
-            .winner = a.winner};
+            .slot = a.slot};
   groups.place(arena);
+  partial = arena.take<Wide>(2 * (a.n / groups.chunk_size + 1) * a.dim);
+  squares = arena.take<Wide>(2 * groups.max_chunks());
+}
+template void Workspace<float>::place_sums(Arena&, const Loss<float>&);
+template void Workspace<double>::place_sums(Arena&, const Loss<double>&);
+
+template <class Wide>
+void Workspace<Wide>::place(Arena& arena, const Loss<Wide>& a) {
+  place_sums(arena, a);
+  groups.winner = a.winner;
   search.weight = a.weight, search.bias = a.bias, search.mu = a.boundary_grad;
-  search.classes = a.classes, search.present = &groups.totals->present;
+  search.own = {a.weight, a.bias, a.classes}, search.present = &groups.totals->present;
   search.dim = a.dim, search.num_classes = a.num_classes, search.rows = a.rows;
   search.winner = a.winner;
   search.place(arena);
   quads = whole_quads(a.weight, a.dim) && reinterpret_cast<uintptr_t>(a.centroids) % 16 == 0;
-  partial = arena.take<Wide>(2 * (a.n / groups.chunk_size + 1) * a.dim);
-  squares = arena.take<Wide>(2 * groups.max_chunks());
+  counts = arena.take<Wide>(a.rows);
   length = arena.take<Wide>(a.rows);
   tau = arena.take<Wide>(a.rows);
   row_terms = arena.take<Wide>(class_term::count * a.rows);

@@ -27,7 +27,7 @@ struct MarginSplit {
       : row_tiles((present + MarginTile<Wide>::rows - 1) / MarginTile<Wide>::rows),
         column_tiles((num_classes + MarginTile<Wide>::columns - 1) / MarginTile<Wide>::columns),
         splits(1) {
-    if (row_tiles == 0) return;
+    if (row_tiles == 0 || column_tiles == 0) return;
     const int64_t first_round = (row_tiles + blocks - 1) / blocks;
     int64_t fewest = first_round * column_tiles;
     for (int64_t rounds = first_round; rounds < first_round + most_rounds; ++rounds) {
@@ -72,8 +72,8 @@ struct Sides {
     if (t >= MarginTile<Wide>::rows) return;
     const int64_t r = first_row + t;
     row[t] = {Wide(0), Wide(NAN)};
-    if (r >= *search.present) return;
-    row[t] = {search.own_logit[r], trusted(search.square[search.classes[r]], Trusted<Wide>::low)};
+    if (r >= search.used()) return;
+    row[t] = {search.own_logit[r], trusted(search.own_square[r], Trusted<Wide>::low)};
   }
   RF_DEVICE void load_columns(const MarginSearch<Wide>& search, int64_t tile) {
     const int t = int(threadIdx.x);
@@ -89,11 +89,10 @@ struct Sides {
 // A pair's score from the rows of W, by a whole warp; false if they are equal or one.
 template <class Wide, class W>
 RF_DEVICE bool score_directly(const MarginSearch<Wide>& search, int64_t row, int64_t i, Wide& score) {
-  const int64_t c = search.classes[row];
-  if (i == c) return false;
-  const W *other = search.weight.template row<W>(i), *own = search.weight.template row<W>(c);
+  if (search.own.index && i == search.own.index[row]) return false;
+  const W *other = search.weight.template row<W>(i), *own = search.own.weight.template row<W>(search.own.at(row));
   const Wide* mu = search.mu + row * search.dim;
-  const Wide bias = search.bias.data ? element<Wide>(search.bias, i) - element<Wide>(search.bias, c) : Wide(0);
+  const Wide bias = (search.bias.data ? element<Wide>(search.bias, i) : Wide(0)) - search.own_bias(row);
   const Pair<Wide> pair(bias, [&](Wide times, Wide& logit, Wide& square) {
     logit = square = 0;
 #pragma unroll 1
@@ -155,7 +154,7 @@ RF_DEVICE void consider_tile(const MarginSearch<Wide>& search, const Sides<Wide>
   }
   RF_UNROLL
   for (int r = 0; r < Layout::rows; ++r) {
-    const uint32_t columns = first_row + Layout::row(thread, r) < *search.present ? there : 0;
+    const uint32_t columns = first_row + Layout::row(thread, r) < search.used() ? there : 0;
     direct &= ~(((1u << Layout::columns) - 1) << (r * Layout::columns)) | columns << (r * Layout::columns);
   }
   while (const unsigned lanes = __ballot_sync(all_lanes, direct != 0)) {
@@ -305,9 +304,9 @@ RF_DEVICE void search_tiles(const MarginSearch<float>& search, Sides<float>& sid
                             int64_t first_tile, int64_t end_tile, bool whole, Best<float> (&best)[Fragments::rows]) {
   uint16_t* const memory = reinterpret_cast<uint16_t*>(shared_memory());
   const int64_t row = first_row + Slices<W>::row();
-  const bool present = row < *search.present;
+  const bool present = row < search.used();
   const float* mu = present ? search.mu + row * search.dim : nullptr;
-  const W* weight[3] = {present ? search.weight.row<W>(search.classes[row]) : nullptr, nullptr, nullptr};
+  const W* weight[3] = {present ? search.own.weight.row<W>(search.own.at(row)) : nullptr, nullptr, nullptr};
   int stage = 0;
   for (int64_t tile = first_tile; tile < end_tile; ++tile) {
     RF_UNROLL
@@ -344,7 +343,7 @@ RF_DEVICE void search_tiles(const MarginSearch<double>& search, Sides<double>& s
                             int64_t first_tile, int64_t end_tile, bool, Best<double> (&best)[Squares::rows]) {
   constexpr int depth = 16, rows = MarginTile<double>::rows, columns = MarginTile<double>::columns;
   __shared__ double mu[rows][depth + 1], own[rows][depth + 1], other[columns][depth + 1];
-  const int64_t present = *search.present;
+  const int64_t present = search.used();
   const int thread = int(threadIdx.x);
   for (int64_t tile = first_tile; tile < end_tile; ++tile) {
     const int64_t first_column = tile * columns;
@@ -360,7 +359,7 @@ RF_DEVICE void search_tiles(const MarginSearch<double>& search, Sides<double>& s
         if (r >= rows) continue;
         const bool there = row < present && d < search.dim;
         mu[r][thread % depth] = there ? search.mu[row * search.dim + d] : 0;
-        own[r][thread % depth] = there ? double(to_float(search.weight.row<W>(search.classes[row])[d])) : 0;
+        own[r][thread % depth] = there ? double(to_float(search.own.weight.row<W>(search.own.at(row))[d])) : 0;
       }
       __syncthreads();
 #pragma unroll 4
@@ -402,7 +401,7 @@ RF_DEVICE void write_best(const MarginSearch<Wide>& search, int64_t place, Best<
 // The results of a tile's rows, from those of all splits; a warp takes a row.
 template <class Wide>
 RF_DEVICE void merge_splits(const MarginSearch<Wide>& search, const MarginSplit<Wide>& split, int64_t first_row) {
-  for (int64_t r = warp_id(); r < MarginTile<Wide>::rows && first_row + r < *search.present; r += num_warps()) {
+  for (int64_t r = warp_id(); r < MarginTile<Wide>::rows && first_row + r < search.used(); r += num_warps()) {
     Best<Wide> best = Best<Wide>::none();
     for (int64_t s = lane_id(); s < split.splits; s += 32) {
       const int64_t place = split.place(s, first_row + r);
@@ -420,7 +419,7 @@ __global__ void __launch_bounds__(margin_threads, 1) margin_search_kernel(const 
   using Layout = std::conditional_t<sizeof(Wide) == 4, Fragments, Squares>;
   constexpr int lanes = sizeof(Wide) == 4 ? 4 : 16, sharing = sizeof(Wide) == 4 ? 4 : 1;
   __shared__ Sides<Wide> sides;
-  const MarginSplit<Wide> split(*search.present, search.num_classes, gridDim.x);
+  const MarginSplit<Wide> split(search.used(), search.num_classes, gridDim.x);
   for (int64_t work = blockIdx.x; work < split.row_tiles * split.splits; work += gridDim.x) {
     const int64_t part = work / split.row_tiles, tile = work % split.row_tiles;
     const int64_t first_row = tile * MarginTile<Wide>::rows;
@@ -433,6 +432,42 @@ __global__ void __launch_bounds__(margin_threads, 1) margin_search_kernel(const 
     write_best<Layout, lanes, sharing>(search, split.place(part, first_row), best);
     if (last_to_arrive(search.arrived + tile, unsigned(split.splits))) merge_splits(search, split, first_row);
   }
+}
+
+// What has to be there before the search, where no other kernel leaves it. A warp takes a row.
+template <class Wide>
+RF_DEVICE void own_products(const MarginSearch<Wide>& search, int64_t first, int64_t step) {
+  for (int64_t row = first; row < search.rows; row += step) {
+    Wide sums[2] = {0, 0};
+    for (int64_t d = lane_id(); d < search.dim; d += 32) {
+      const Wide own = element<Wide>(search.own.weight, search.own.at(row), d);
+      sums[0] += own * search.mu[row * search.dim + d];
+      sums[1] += own * own;
+    }
+    lanes_sums(sums);
+    if (lane_id() != 0) continue;
+    search.own_logit[row] = sums[0] + search.own_bias(row);
+    search.own_square[row] = sums[1];
+  }
+}
+
+template <class Wide>
+__global__ void __launch_bounds__(margin_threads) prepare_search_kernel(const MarginSearch<Wide> search) {
+  const int64_t first = blockIdx.x * int64_t(num_warps()) + warp_id(), step = gridDim.x * int64_t(num_warps());
+  search.clear_arrivals(blockIdx.x * int64_t(margin_threads) + threadIdx.x, gridDim.x * int64_t(margin_threads));
+  squared_norms(search, first, step);
+  own_products(search, first, step);
+}
+
+template <class Wide>
+MarginSearch<Wide> search_of(const MarginSearchParams& p, Arena& arena) {
+  MarginSearch<Wide> search = {};
+  search.weight = p.weight, search.bias = p.bias, search.own = p.own;
+  search.mu = static_cast<const Wide*>(p.mu);
+  search.dim = p.dim, search.num_classes = p.num_classes, search.rows = p.rows;
+  search.place(arena);
+  search.score = static_cast<Wide*>(p.score), search.winner = p.winner;
+  return search;
 }
 
 int multiprocessors() {
@@ -449,6 +484,7 @@ void MarginSearch<Wide>::place(Arena& arena) {
   const int64_t places = MarginSplit<Wide>::places(row_tiles(), blocks);
   square = arena.take<Wide>(num_classes);
   own_logit = arena.take<Wide>(rows);
+  own_square = arena.take<Wide>(rows);
   score = arena.take<Wide>(rows);
   best_score = arena.take<Wide>(places);
   best_winner = arena.take<int32_t>(places);
@@ -458,17 +494,40 @@ template void MarginSearch<float>::place(Arena&);
 template void MarginSearch<double>::place(Arena&);
 
 template <class Wide>
-cudaError_t margin_search(const MarginSearch<Wide>& search, cudaStream_t stream) {
-  if (search.dim == 0) return cudaSuccess;  // all rows of W are equal
+cudaError_t margin_search(MarginSearch<Wide> search, cudaStream_t stream) {
+  if (search.dim == 0) search.num_classes = 0;  // all rows of W are equal
   return visit(search.weight.dtype, [&](auto weight) {
     using W = decltype(weight);
     const size_t shared = sizeof(Wide) == 4 ? 2 * stage_size<W> * sizeof(uint16_t) : 0;
-    const bool whole = search.dim % 8 == 0 && whole_packs(search.weight, search.dim, sizeof(W));
+    const bool whole = search.dim % 8 == 0 && whole_packs(search.weight, search.dim, sizeof(W)) &&
+                       whole_packs(search.own.weight, search.dim, sizeof(W)) &&
+                       reinterpret_cast<uintptr_t>(search.mu) % 16 == 0;
     return launch(margin_search_kernel<W, Wide>, unsigned(search.blocks), margin_threads, shared, stream, search,
                   whole);
   });
 }
-template cudaError_t margin_search(const MarginSearch<float>&, cudaStream_t);
-template cudaError_t margin_search(const MarginSearch<double>&, cudaStream_t);
+template cudaError_t margin_search(MarginSearch<float>, cudaStream_t);
+template cudaError_t margin_search(MarginSearch<double>, cudaStream_t);
+
+size_t margin_search_scratch(const MarginSearchParams& p) {
+  Arena arena(nullptr);
+  for_wide(p.wide, [&]<class Wide>(Wide) {
+    search_of<Wide>(p, arena);
+    return cudaSuccess;
+  });
+  return arena.used();
+}
+
+cudaError_t margin_search(const MarginSearchParams& p, void* scratch, cudaStream_t stream) {
+  if (p.rows == 0) return cudaSuccess;
+  if (p.rows > INT32_MAX || p.num_classes >= INT32_MAX) return cudaErrorInvalidValue;
+  return for_wide(p.wide, [&]<class Wide>(Wide) {
+    Arena arena(scratch);
+    const MarginSearch<Wide> search = search_of<Wide>(p, arena);
+    const cudaError_t error =
+        launch(prepare_search_kernel<Wide>, unsigned(2 * search.blocks), margin_threads, 0, stream, search);
+    return error == cudaSuccess ? margin_search(search, stream) : error;
+  });
+}
 
 }  // namespace robustfast::cuda

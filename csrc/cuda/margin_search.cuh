@@ -7,6 +7,7 @@
 #include "cuda/arena.h"
 #include "cuda/block.cuh"
 #include "cuda/elements.cuh"
+#include "cuda/kernels.h"
 
 namespace robustfast::cuda {
 
@@ -20,13 +21,13 @@ template <class Wide>
 struct MarginSearch {
   Matrix weight, bias;     // (K, D), (K,) or none
   const Wide* mu;          // (rows, D)
-  const int32_t* classes;  // (rows): the class of each row
-  const int32_t* present;  // P: rows there are
+  ClassifierRows own;      // W_c and b_c of each row, in the dtype of weight
+  const int32_t* present;  // the rows there are; all of them where it is null
   int64_t dim, num_classes, rows;
-  Wide* square;     // (K): ||W_i||^2, to be there before (squared_norms)
-  Wide* own_logit;  // (rows): W_c . mu_c + b_c, likewise
-  Wide* score;      // (rows): results, of the winner
-  int32_t* winner;  // (rows): -1 where there is no boundary
+  Wide* square;                  // (K): ||W_i||^2, to be there before (squared_norms)
+  Wide *own_logit, *own_square;  // (rows): W_c . mu_c + b_c, ||W_c||^2, likewise
+  Wide* score;                   // (rows): results, of the winner
+  int32_t* winner;               // (rows): -1 where there is no boundary
   // Of the blocks among themselves: the best of each split of the classes, for each row of each tile; how many splits
   // of a tile are done, 0 before (clear_arrivals).
   int64_t blocks;
@@ -37,13 +38,16 @@ struct MarginSearch {
   int64_t row_tiles() const { return (rows + MarginTile<Wide>::rows - 1) / MarginTile<Wide>::rows; }
   void place(Arena& arena);
 
+  RF_DEVICE int64_t used() const { return present ? *present : rows; }
+  RF_DEVICE Wide own_bias(int64_t row) const { return own.bias.data ? element<Wide>(own.bias, own.at(row)) : Wide(0); }
+
   RF_DEVICE void clear_arrivals(int64_t t, int64_t threads) const {
     for (int64_t tile = t; tile * MarginTile<Wide>::rows < rows; tile += threads) arrived[tile] = 0;
   }
 };
 
 template <class Wide>
-cudaError_t margin_search(const MarginSearch<Wide>& search, cudaStream_t stream);
+cudaError_t margin_search(MarginSearch<Wide> search, cudaStream_t stream);
 
 // square[i] for i = first, first + step, ...; a warp calls it.
 template <class Wide>

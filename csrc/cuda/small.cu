@@ -118,7 +118,7 @@ RF_DEVICE void sample_variance(const Loss<Wide>& a, const Small<Wide>& s, int32_
     length = length_of<norm>(lanes_sum(length));
     const Wide excess = hinge(length - a.delta_var);
     if (lane_id() == 0) {
-      const Wide share = a.view_weight() / (Wide(present) * Wide(s.count[row]));
+      const Wide share = a.view_weight(a.has_noise) / (Wide(present) * Wide(s.count[row]));
       a.pull[view * a.n + i] = s.pull[view * a.n + i] = pull<norm>(length, a.delta_var, share);
       s.square[view * a.n + i] = excess * excess;
     }

@@ -86,7 +86,7 @@ RF_DEVICE void assign_rows(const uint32_t* keys, const int32_t* order, int64_t f
       groups.chunk_begin[chunk] = int32_t(j);
       groups.chunk_row[chunk] = row;
     }
-    if (groups.slot) groups.slot[order[j]] = counted ? row : -1;
+    if (groups.slot) groups.slot[order[j]] = !counted ? -1 : groups.slot_is_class ? int32_t(keys[j]) : row;
     if (counted ? j + 1 == groups.n || keys[j + 1] >= uint32_t(groups.num_classes) : j == 0) {
       *groups.totals = {row + 1, chunk + 1};
       groups.begin[row + 1] = groups.chunk_begin[chunk + 1] = int32_t(j) + int32_t(counted);

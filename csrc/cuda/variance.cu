@@ -107,16 +107,14 @@ RF_DEVICE void settle_pulls(const Loss<Wide>& a, const Batch& batch, const Teams
 // samples).
 // `single`: a row is one pack of each thread of a team, so that it is read once.
 template <class T, int norm, int count, bool single, class Wide>
-RF_DEVICE void pull_chunk(const Loss<Wide>& a, const Workspace<Wide>& w, const Chunk& chunk, Wide* pull_sum,
-                          Wide (&squares)[2]) {
+RF_DEVICE void pull_chunk(const Loss<Wide>& a, const Groups& groups, const Chunk& chunk, const Wide* centroid_row,
+                          Wide share, Wide* pull_sum, Wide (&squares)[2]) {
   const Teams teams(a.dim / count, variance_threads);
   const int64_t own_column = int64_t(teams.rank()) * count, step = int64_t(teams.size) * count;
-  const Wide* centroid_row = a.centroid + chunk.row * a.dim;
   const auto centroid_at = [&](int64_t column) { return load_pack<count>(centroid_row, column, a.dim); };
-  const Wide share = a.view_weight() / (Wide(w.groups.totals->present) * Wide(chunk.count()));
   Pack<Wide, count> total = {};
   for (int32_t first = chunk.begin; first < chunk.end; first += variance_batch * teams.count) {
-    const Batch batch(w.groups, chunk, teams, first);
+    const Batch batch(groups, chunk, teams, first);
     Wide value[2 * variance_batch] = {};
     if constexpr (single) {
       const Pack<Wide, count> centroid = centroid_at(own_column);
@@ -149,19 +147,42 @@ RF_DEVICE void pull_chunk(const Loss<Wide>& a, const Workspace<Wide>& w, const C
   block_sum(squares);
 }
 
+// The row's sums from those of its chunks, and the terms by the block that comes last: where no finish follows.
+template <class Wide>
+RF_DEVICE void add_up(const Loss<Wide>& a, const Workspace<Wide>& w, const Chunk& chunk, Wide* pull_sum) {
+  if (chunk.of_row() > 1 && last_to_arrive(w.groups.arrived + chunk.row, unsigned(chunk.of_row()))) {
+    add_chunks(chunk, w.partial, a.dim, pull_sum);
+  }
+  const int32_t chunks = w.groups.totals->chunks;
+  if (!last_to_arrive(w.groups.finished, unsigned(chunks))) return;
+  Wide terms[2] = {0, 0};
+  for (int32_t k = int32_t(threadIdx.x); k < chunks; k += variance_threads) {
+    terms[0] += w.squares[2 * k];
+    terms[1] += w.squares[2 * k + 1];
+  }
+  block_sum(terms);
+  if (threadIdx.x == 0) a.terms[0] = terms[0], a.terms[1] = terms[1];
+}
+
+// With a `sample_share` (num_classes) the step alone: tables' rows are those of classes then.
 template <class T, int norm, int count, bool single, class Wide>
 __global__ void __launch_bounds__(variance_threads, single || count < 8 ? 2 : 1)
-    variance_kernel(const Loss<Wide> a, const Workspace<Wide> w) {
+    variance_kernel(const Loss<Wide> a, const Workspace<Wide> w, const Wide* sample_share) {
   const int64_t index = int64_t(w.groups.totals->chunks) - 1 - blockIdx.x;
   if (index < 0) return;
   const Chunk chunk(w.groups, index);
-  const bool whole = chunk.of_row() == 1;
-  Wide squares[2] = {0, 0};
-  pull_chunk<T, norm, count, single>(
-      a, w, chunk, whole ? a.mu_grad + chunk.row * a.dim : w.partial + chunk.place() * a.dim, squares);
-  if (threadIdx.x != 0) return;
-  w.squares[2 * index] = squares[0];
-  w.squares[2 * index + 1] = squares[1];
+  const int64_t row = sample_share ? a.classes[chunk.row] : chunk.row;
+  const Wide view_weight = a.view_weight(a.has_noise), of_square = sample_share ? sample_share[row] : Wide(1);
+  const Wide share =
+      sample_share ? view_weight * of_square : view_weight / (Wide(w.groups.totals->present) * Wide(chunk.count()));
+  Wide *const pull_sum = a.mu_grad + row * a.dim, squares[2] = {0, 0};
+  pull_chunk<T, norm, count, single>(a, w.groups, chunk, a.centroid + row * a.dim, share,
+                                     chunk.of_row() == 1 ? pull_sum : w.partial + chunk.place() * a.dim, squares);
+  if (threadIdx.x == 0) {
+    w.squares[2 * index] = of_square * squares[0];
+    w.squares[2 * index + 1] = of_square * squares[1];
+  }
+  if (sample_share) add_up(a, w, chunk, pull_sum);
 }
 
 template <class T, int norm, int count, class Wide>
@@ -169,23 +190,49 @@ __global__ void __launch_bounds__(variance_backward_threads, 3) variance_backwar
   variance_backward<T, norm, count>(a, blockIdx.x, gridDim.x);
 }
 
-}  // namespace
-
 template <class Wide>
-cudaError_t variance(const Loss<Wide>& a, const Workspace<Wide>& w, Dtype features, int64_t norm, cudaStream_t stream) {
+cudaError_t run_variance(const Loss<Wide>& a, const Workspace<Wide>& w, Dtype features, int64_t norm,
+                         const Wide* sample_share, cudaStream_t stream) {
   return for_loss<Wide>(features, norm, [&](auto feature, auto p) {
     using T = decltype(feature);
-    const bool whole = whole_packs(a.input, a.dim, sizeof(T)) && whole_packs(a.input_noise, a.dim, sizeof(T));
+    const bool whole = whole_packs(a.input, a.dim, sizeof(T)) && whole_packs(a.input_noise, a.dim, sizeof(T)) &&
+                       reinterpret_cast<uintptr_t>(a.centroid) % 16 == 0;
     return for_packs<T>(whole, [&](auto count) {
       const bool single = a.dim <= variance_threads * count();
       const auto kernel =
           single ? variance_kernel<T, p(), count(), true, Wide> : variance_kernel<T, p(), count(), false, Wide>;
-      return launch(kernel, unsigned(w.groups.max_chunks()), variance_threads, 0, stream, a, w);
+      return launch(kernel, unsigned(w.groups.max_chunks()), variance_threads, 0, stream, a, w, sample_share);
     });
   });
 }
+
+}  // namespace
+
+template <class Wide>
+cudaError_t variance(const Loss<Wide>& a, const Workspace<Wide>& w, Dtype features, int64_t norm, cudaStream_t stream) {
+  return run_variance<Wide>(a, w, features, norm, nullptr, stream);
+}
 template cudaError_t variance(const Loss<float>&, const Workspace<float>&, Dtype, int64_t, cudaStream_t);
 template cudaError_t variance(const Loss<double>&, const Workspace<double>&, Dtype, int64_t, cudaStream_t);
+
+size_t class_pulls_scratch(const LossParams& p) { return step_scratch<StepMemory>(p); }
+
+cudaError_t class_pulls(const LossParams& p, const void* centroid, const void* sample_share, void* pull_sum,
+                        void* scratch, cudaStream_t stream) {
+  return for_wide(p.input.dtype, [&]<class Wide>(Wide) {
+    cudaError_t error = cudaMemsetAsync(pull_sum, 0, size_t(p.num_classes * p.dim) * sizeof(Wide), stream);
+    if (error == cudaSuccess) error = cudaMemsetAsync(p.pull, 0, size_t(2 * p.n) * sizeof(Wide), stream);
+    if (error == cudaSuccess) error = cudaMemsetAsync(p.terms, 0, 2 * sizeof(Wide), stream);
+    if (error != cudaSuccess || p.n == 0) return error;
+    Arena arena(scratch);
+    StepMemory<Wide> m(p, arena);
+    m.a.centroid = const_cast<Wide*>(static_cast<const Wide*>(centroid));
+    m.a.mu_grad = static_cast<Wide*>(pull_sum);
+    error = m.group(stream);
+    if (error != cudaSuccess) return error;
+    return run_variance(m.a, m.w, p.input.dtype, p.norm, static_cast<const Wide*>(sample_share), stream);
+  });
+}
 
 template <class Wide>
 cudaError_t variance_backward(const LossGrads<Wide>& a, Dtype features, int64_t norm, cudaStream_t stream) {

@@ -31,6 +31,9 @@ class OnDevice {
   void* stream_ = nullptr;
 };
 
+// Memory for the kernels of one op: PyTorch's allocator gives it to nobody else before they have run.
+inline Tensor scratch(size_t bytes, const Tensor& like) { return empty({int64_t(bytes)}, ScalarType::Byte, like); }
+
 inline void check(cudaError_t error) {
   if (error != cudaSuccess)
     throw std::runtime_error(std::string("robustfast: CUDA error: ") + cudaGetErrorString(error));

@@ -6,9 +6,6 @@
 namespace robustfast {
 namespace {
 
-// Memory for the kernels of one op: PyTorch's allocator gives it to nobody else before they have run.
-Tensor scratch(size_t bytes, const Tensor& like) { return empty({int64_t(bytes)}, ScalarType::Byte, like); }
-
 LossResults::Tuple discriminative_loss(const Tensor& input, const std::optional<Tensor>& input_noise,
                                        const Tensor& target, const Tensor& weight, const std::optional<Tensor>& bias,
                                        const Tensor& centroids, const Tensor& seen, std::vector<double> settings,
@@ -66,6 +63,7 @@ LossGradients::Tuple discriminative_loss_backward(const Tensor& grad_loss, const
       .n = sizes.n,
       .dim = sizes.dim,
       .num_classes = sizes.num_classes,
+      .rows = classes.size(1),
       .slot = data<int32_t>(slot),
       .pull = data<void>(pull),
       .tables = data<void>(tables),
