@@ -32,15 +32,15 @@ def forget_peak() -> None:
 
 def derived(num_classes: int, dim: int, samples: int, ranks: int) -> dict[str, int]:
     """docs/scaling.md's bytes of a rank, in float32 and with a noisy view; ``samples`` of all ranks."""
-    table = 4 * -(-num_classes // ranks) * dim
-    rows = min(samples, num_classes)
+    classes, rows = -(-num_classes // ranks), min(samples, num_classes)
+    table = 4 * classes * dim
     return {
         "weight and centroids": 2 * table,
         "gradient and momentum": 2 * table,
         "a second gradient": table,
         "features and their gradients": 4 * samples * dim * 4,
         "tables of rows": 15 * 4 * rows * dim,
-        "logits": 2 * 4 * LOGITS,
+        "logits": 2 * 4 * min(LOGITS, samples * classes),
     }
 
 
@@ -95,16 +95,19 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=512, help="of all ranks")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", help="a file for the JSON; - prints it")
     options = parser.parse_args()
     result = measure(options)
+    content = json.dumps(result, indent=1) + "\n"
+    if options.out == "-":
+        print(content)
+        return
     if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
-    mib = 2**20
+        Path(options.out).write_text(content)
     for name, size in result["derived"].items():
-        print(f"{name:30} {size / mib:9.1f} MiB")
+        print(f"{name:30} {size / 2**20:9.1f} MiB")
     for rank, found in enumerate(result["measured"]):
-        print(f"rank {rank}: peak {found['peak'] / mib:.1f} MiB, {min(found['seconds']):.1f} s a step")
+        print(f"rank {rank}: peak {found['peak'] / 2**20:.1f} MiB, {min(found['seconds']):.1f} s a step")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,13 @@
 """Classes split over ranks: the loss, its cross entropy and checkpoints are those of all classes on one rank."""
 
 import copy
+import json
+import os
+import subprocess
+import sys
 import warnings
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +18,8 @@ import torch.utils.checkpoint
 from loss_cases import random_case
 from ranks import run_ranks
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from robustfast import DiscriminativeLoss, collectives, shards
 from robustfast.distributed import (
@@ -23,6 +30,7 @@ from robustfast.distributed import (
     set_optimizer_state,
 )
 
+ROOT = Path(__file__).parents[1]
 DIM = 5
 SIZES = {4: (3, 0, 6, 1), 2: (0, 10), 1: (10,)}  # samples of each rank
 CLASSES = (11, 9, 3)  # 3/3/3/2, 3/3/3/0 and 1/1/1/0 on four ranks; fewer and more than samples
@@ -115,7 +123,7 @@ def exact_rows(group):
 
 
 class Net(nn.Module):
-    """A body, and a head that DistributedDataParallel leaves alone."""
+    """A body, and a head that DistributedDataParallel and FSDP2 leave alone."""
 
     def __init__(self, head):
         super().__init__()
@@ -127,7 +135,7 @@ class Net(nn.Module):
         return self.head(f, g, target) + self.head.cross_entropy(f, target)
 
 
-def under_ddp(group):
+def under_wrappers(group):
     """The gradients of body and head are those of one rank with the whole batch, with the head inside and outside."""
     case = whole(11)
     f, g, target, *_ = case
@@ -135,15 +143,19 @@ def under_ddp(group):
     alone(f, g, target).backward()
     world, rank = collectives.size(group), collectives.rank(group)
     samples = slice(sum(SIZES[world][:rank]), sum(SIZES[world][: rank + 1]))
-    for inside in (True, False):
+    for wrapped in ("whole", "body", "FSDP2"):
         net = Net(head_of(case, group, torch.float64))
         head = net.head
-        if inside:
+        if wrapped == "whole":
             ignored = [f"head.{name}" for name in head.state_dict()]
             nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(net, ignored)
             net = nn.parallel.DistributedDataParallel(net, process_group=group)
             net(f[samples], g[samples], target[samples]).backward()
             body = net.module.body
+        elif wrapped == "FSDP2":
+            fully_shard(net, mesh=init_device_mesh("cpu", (world,)), ignored_params=set(head.parameters()))
+            net(f[samples], g[samples], target[samples]).backward()
+            body = SimpleNamespace(weight=SimpleNamespace(grad=net.body.weight.grad.full_tensor()))
         else:
             body = nn.parallel.DistributedDataParallel(net.body, process_group=group)
             features = body(torch.cat((f[samples], g[samples])))
@@ -367,7 +379,7 @@ def every_check(rank, initialise, folder):
     for group in (world, pairs[rank // 2], singles[rank]):
         equals_plain(group)
         exact_rows(group)
-    under_ddp(world)
+    under_wrappers(world)
     bytes_as_derived(world)
     errors_on_every_rank(world, rank)
     every_way_of_having_it(world)
@@ -382,3 +394,13 @@ def test_equals_the_loss_of_all_classes_on_one_rank(tmp_path):
 def test_one_process_without_a_group():
     equals_plain(None)
     exact_rows(None)
+
+
+def test_memory_of_a_rank_is_as_derived():
+    """Of 100,000 classes and 512 samples, whose logits on a rank would be more than those that exist at a time."""
+    command = [sys.executable, "benchmarks/sharded_memory.py", "--num-classes", "100000", "--steps", "2", "--out", "-"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=True)
+    result = json.loads(done.stdout)
+    for rank in result["measured"]:
+        assert 0.8 < rank["peak"] / result["derived"]["sum"] < 1.2
