@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from conftest import device_of
 from loss_cases import RELATIVE, assert_close, in_float64, random_case, run
 
 from robustfast import steps
+from robustfast.backends import ops
 from robustfast.checks import wide_dtype
 from robustfast.reference import Settings, Terms
 
@@ -27,10 +29,11 @@ def composed(tensors, backend, *, norm=2, ignore_index=-100, scheduled=False, **
     mu_grad, boundary_grad, boundary_bias, winner, (margin, regularization) = step.finish(
         mu, centroid, pull_sum, counts, tau, weight, bias, weight_w, bias_w, winner, *numbers, norm
     )
-    tables, classes = torch.stack((centroid, mu_grad, boundary_grad)), torch.stack((torch.arange(len(winner)), winner))
+    row = torch.arange(len(winner), device=winner.device)
+    tables, classes = torch.stack((centroid, mu_grad, boundary_grad)), torch.stack((row, winner))
     wanted = [True, g is not None, True, bias is not None]
     grads = step.discriminative_loss_backward(
-        torch.ones((), dtype=mu.dtype), f, g, slot, pull, tables, classes.int(), boundary_bias, weight.shape[0],
+        mu.new_ones(()), f, g, slot, pull, tables, classes.int(), boundary_bias, weight.shape[0],
         weight.dtype, weight.dtype if bias is None else bias.dtype, norm, wanted,
     )  # fmt: skip
     variance = squares[0] if g is None else squares.mean()
@@ -74,6 +77,7 @@ def test_composed_steps_are_the_loss(case, dtype, every_backend):
     features = [None if t is None else t.to(dtype) for t in (f, g)]
     wide = wide_dtype(features[0])
     tensors = (*features, target, weight.to(wide), None if bias is None else bias.to(wide), centroids.to(wide), seen)
+    tensors = on_device(every_backend, *tensors)
     expected = run(in_float64(tensors), "reference", **{k: v for k, v in keywords.items() if k != "scheduled"})
     actual = composed(tensors, every_backend, **keywords)
     assert actual["grad_input"].dtype == dtype and actual["loss"].dtype == wide
@@ -86,6 +90,10 @@ def test_composed_steps_are_the_loss(case, dtype, every_backend):
 def test_wrong_labels_are_named():
     with pytest.raises(IndexError, match=r"label 7 at position 1 is outside 0\.\.6"):
         steps.class_sums(torch.zeros(2, 3), torch.tensor([0, 7]), 7, -100)
+
+
+def on_device(backend, *tensors):
+    return [None if t is None else t.to(device_of(backend)) for t in tensors]
 
 
 def shards(dtype):
@@ -102,7 +110,8 @@ def shards(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_search_in_parts_of_a_classifier(dtype, every_backend):
-    for mu, weight_c, bias_c, weight, bias in shards(dtype):
+    for case in shards(dtype):
+        mu, weight_c, bias_c, weight, bias = on_device(every_backend, *case)
         score, winner = steps.of(every_backend).margin_search(mu, weight_c, bias_c, weight, bias)
         expected, at = steps.margin_search(*in_float64((mu, weight_c, bias_c, weight, bias)))
         assert winner.dtype == torch.int32 and torch.equal(winner, at)
@@ -113,8 +122,8 @@ def test_the_lowest_of_equal_winners_and_no_winner_among_equal_rows(every_backen
     search = steps.of(every_backend).margin_search
     weight = torch.zeros(70, 20)
     weight[torch.arange(5, 70), torch.arange(65) % 20] = 1.0  # the first five are equal, each other one comes thrice
-    mu = torch.eye(20)[:, torch.arange(20).roll(7)]
-    score, winner = search(mu, torch.zeros(20, 20), None, weight, None)
+    mu, weight = on_device(every_backend, torch.eye(20)[:, torch.arange(20).roll(7)], weight)
+    score, winner = search(mu, torch.zeros_like(mu), None, weight, None)
     assert (score == 1).all() and torch.equal(winner, 5 + mu.argmax(1).int())
     score, winner = search(mu, weight[:1].expand(20, -1), None, weight[:5], None)
     assert (score == -torch.inf).all() and (winner == -1).all()
@@ -122,20 +131,22 @@ def test_the_lowest_of_equal_winners_and_no_winner_among_equal_rows(every_backen
 
 def test_more_rows_than_samples(every_backend):
     """Rows are classes of a whole classifier, of which a rank has few samples or none."""
-    step = steps.of(every_backend)
+    step, row = steps.of(every_backend), torch.arange(50, device=device_of(every_backend))
+    backward = (step if every_backend == "reference" else ops(every_backend)).discriminative_loss_backward
     for n in (3, 0):
         f, g, target, *_ = random_case(n, 20, 50, dtype=torch.float64)
         generator = torch.Generator().manual_seed(1)
         centroid = torch.randn(50, 20, generator=generator, dtype=torch.float64)
         share = torch.rand(50, generator=generator, dtype=torch.float64)
+        f, g, target, centroid, share = on_device(every_backend, f, g, target, centroid, share)
         arguments = (f, g, target, centroid, share, Settings(delta_var=0.1), None, 2, -100)
         for actual, expected in zip(step.class_pulls(*arguments), steps.class_pulls(*arguments), strict=True):
             torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
         sums = step.class_sums(f, target, 50, -100)
         torch.testing.assert_close(sums, steps.class_sums(f, target, 50, -100), rtol=1e-14, atol=1e-14)
         slot, pull, pull_sum, _ = step.class_pulls(*arguments)
-        tables, classes = torch.stack((centroid, pull_sum, pull_sum)), torch.arange(50).expand(2, -1).int().contiguous()
+        tables, classes = torch.stack((centroid, pull_sum, centroid)), torch.stack((row, row.roll(1))).int()
         arguments = (f.new_ones(()), f, g, slot, pull, tables, classes, share, 50, f.dtype, f.dtype, 2, [True] * 4)
-        grads = step.discriminative_loss_backward(*arguments), steps.discriminative_loss_backward(*arguments)
+        grads = backward(*arguments), steps.discriminative_loss_backward(*arguments)
         for actual, expected in zip(*grads, strict=True):
             torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)

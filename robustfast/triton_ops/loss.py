@@ -266,18 +266,20 @@ def discriminative_loss_backward(
     rows = classes.shape[1]
     grads = ops.gradients(input, num_classes, weight_dtype, bias_dtype, wanted)
     dense = num_classes <= DENSE
-    if n == 0 or not dense:
+    if rows == 0 or not dense:
         for grad in grads[2:]:
             grad.zero_()
-    if n == 0 or not any(wanted):
+    if n + rows == 0 or not any(wanted):
         return grads
     want_f, want_g, want_w, want_b = wanted
     tile = row_tile(dim, pull.itemsize, processor(input.device).family)
-    slices = max(1, cdiv(dim, slice_size(dim))) if want_w or want_b else 0
+    slices = max(1, cdiv(dim, slice_size(dim))) if rows > 0 and (want_w or want_b) else 0
     destinations = num_classes if dense else 2 * rows
     weight_programs = slices * destinations
     sample_programs = cdiv(n, tile.block_n) if want_f or want_g else 0
     listed = classes.new_empty((max(slices, 1), rows))
+    if weight_programs + sample_programs == 0:
+        return grads
     kind = kind_of(grad_loss, input, input_noise, slot, pull, tables, classes, boundary_bias, *grads, *wanted)
     launch(
         backward_kernel, (weight_programs + sample_programs,), kind,
