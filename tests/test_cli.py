@@ -293,6 +293,15 @@ def test_warnings_of_the_data_are_one_line_on_stderr(run_dir, monkeypatch, capsy
     assert capsys.readouterr().err == "/elsewhere.py:3: DeprecationWarning: old\n"
 
 
+@pytest.mark.parametrize(("rank", "name"), [("0", "robustfast"), ("3", "robustfast (rank 3)")])
+def test_a_rank_says_which_it_is(run_dir, monkeypatch, rank, name):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(sys, "argv", ["robustfast", "train", "--lr", "-1"])
+    with pytest.raises(SystemExit) as exit:
+        cli.main()
+    assert str(exit.value.code).startswith(f"{name}: lr: expected")
+
+
 @pytest.mark.parametrize("option", ["-h", "--help"])
 def test_help_shows_defaults(option):
     shown = runner.invoke(cli.app, ["train", option], env={"COLUMNS": "200", "TERM": "dumb"}).output

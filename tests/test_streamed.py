@@ -112,6 +112,13 @@ def test_a_broken_file_is_named(config, tmp_path, workers, ending):
     assert "\n" not in str(error.value)
 
 
+def test_sixteen_bits_are_not_cut_off(config, tmp_path):
+    shutil.copytree(folder_of(config), tmp_path / "data")
+    Image.fromarray(np.full((20, 20), 40000, np.uint16)).save(tmp_path / "data" / "train" / "dark" / "0.png")
+    with pytest.raises(ValueError, match=r"dark/0\.png: not an image .*: expected 8 bits per channel, got .* I;16"):
+        loop.prepare(replace(config, data=f"folder:{tmp_path / 'data'}", validation=0.1))
+
+
 def test_val_is_the_test_set_where_there_is_no_other(config, tmp_path):
     shutil.copytree(folder_of(config), tmp_path / "data")
     (tmp_path / "data" / "test").rename(tmp_path / "data" / "val")

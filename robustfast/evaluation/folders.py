@@ -74,6 +74,8 @@ class ImageFolder:
     def picture(self, index: int) -> Any:
         """The image of that id as Pillow's, RGB of its own size."""
         with opened(self.path / os.fsdecode(self.names[index])) as image:
+            if image.mode[0] in "IF":  # which Pillow would cut off at 255
+                raise ValueError(f"expected 8 bits per channel, got Pillow's mode {image.mode}")
             return image.convert("RGB")
 
     def middle(self, picture: Any) -> Tensor:
