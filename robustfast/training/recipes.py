@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustfast import process_groups
+from robustfast import process_groups, ranks
 from robustfast.classifier import RobustClassifier
 from robustfast.losses import DiscriminativeLoss
 from robustfast.training.config import Config
@@ -62,6 +62,7 @@ def discriminative_loss(config: Config, num_classes: int) -> DiscriminativeLoss:
         config.centroid_momentum,
         backend=config.backend,
         process_group="world",
+        max_batch=-(-config.batch_size // (config.accumulate * ranks.count())),
     )
 
 
