@@ -40,6 +40,16 @@ def step(loss, rank):
     return [t.detach().numpy() for t in (value, *grads, loss.centroids)]
 
 
+def two_ranks(rank, initialise):
+    """One group runs all of these, since each process takes seconds to import torch."""
+    results = ways_of_naming_a_group(rank, initialise)
+    for check in (errors_and_exceptions, sharded_classifiers, compiled_steps):
+        torch.manual_seed(0)
+        check(rank)
+        dist.barrier()
+    return results
+
+
 def ways_of_naming_a_group(rank, initialise):
     early = {name: DiscriminativeLoss(7, 12, process_group=name).double() for name in ("world", True)}
     initialise()
@@ -53,25 +63,7 @@ def ways_of_naming_a_group(rank, initialise):
     return {name: step(loss, rank) for name, loss in losses.items()}
 
 
-def test_ranks_batches_count_as_one(tmp_path):
-    f, g, target, fc = global_batch()
-    loss = DiscriminativeLoss(7, 12).double()
-    value = loss(f.requires_grad_(), g.requires_grad_(), target, fc)
-    value.backward()
-    ranks = run_ranks(ways_of_naming_a_group, tmp_path / "store")
-    assert list(ranks[0]) == ["world", True, "group", "mesh", "deepcopy", "pickle"]
-    for name in ranks[0]:
-        for other, *_, grad_weight, centroids in (rank[name] for rank in ranks):
-            assert other == pytest.approx(value.item(), rel=1e-12), name
-            torch.testing.assert_close(torch.from_numpy(grad_weight), fc.weight.grad)
-            torch.testing.assert_close(torch.from_numpy(centroids), loss.centroids)
-        for part, whole in ((1, f), (2, g)):
-            parts = torch.cat([torch.from_numpy(rank[name][part]) for rank in ranks])
-            torch.testing.assert_close(parts, whole.grad)
-
-
-def errors_and_exceptions(rank, initialise):
-    initialise()
+def errors_and_exceptions(rank):
     loss = DiscriminativeLoss(7, 12, process_group="world").double()
     f, g, target, fc = my_part(rank)
     if rank == 0:  # validation on one rank: nobody waits
@@ -105,16 +97,6 @@ def errors_and_exceptions(rank, initialise):
         apart(f, g, target, fc)
 
 
-def test_a_rank_is_told_what_is_wrong(tmp_path):
-    run_ranks(errors_and_exceptions, tmp_path / "store")
-
-
-def test_world_without_ranks_is_this_process():
-    f, g, target, fc = global_batch()
-    alone, world = (DiscriminativeLoss(7, 12, process_group=group).double() for group in (None, "world"))
-    assert torch.equal(alone(f, g, target, fc), world(f, g, target, fc))
-
-
 class Net(nn.Module):
     """A classifier whose forward gives its loss, or features and logits where it has none."""
 
@@ -134,10 +116,10 @@ class Net(nn.Module):
         )
 
 
-def sharded_classifiers(rank, initialise):
+def sharded_classifiers(rank):
+    """The error for FSDP2's weights, and that each way it names gives the gradients of the whole batch."""
     from torch.distributed.fsdp import fully_shard
 
-    initialise()
     x, _, target, _ = global_batch()
     whole = Net(DiscriminativeLoss(7, 12))
     whole(x, target).backward()
@@ -176,13 +158,8 @@ def sharded_classifiers(rank, initialise):
     check(net, net(x.detach(), target))
 
 
-def test_sharded_classifiers(tmp_path):
-    """The error for FSDP2's weights, and that each way it names gives the gradients of the whole batch."""
-    run_ranks(sharded_classifiers, tmp_path / "store")
-
-
-def compiled_steps(rank, initialise):
-    initialise()
+def compiled_steps(rank):
+    """Batches of five sizes take two graphs, with the collectives in them."""
     for exchange in ("sums", "gather"):
         options = dict(process_group="world", exchange=exchange, max_batch=16)
         losses = [DiscriminativeLoss(7, 12, **options) for _ in range(2)]
@@ -202,5 +179,25 @@ def compiled_steps(rank, initialise):
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
-def test_compiled_steps_of_ranks_take_two_graphs(tmp_path):
-    run_ranks(compiled_steps, tmp_path / "store", seconds=300)
+def test_two_ranks(tmp_path):
+    """Batches count as one however the group is named; and what the checks of `two_ranks` promise."""
+    f, g, target, fc = global_batch()
+    loss = DiscriminativeLoss(7, 12).double()
+    value = loss(f.requires_grad_(), g.requires_grad_(), target, fc)
+    value.backward()
+    ranks = run_ranks(two_ranks, tmp_path / "store", seconds=300)
+    assert list(ranks[0]) == ["world", True, "group", "mesh", "deepcopy", "pickle"]
+    for name in ranks[0]:
+        for other, *_, grad_weight, centroids in (rank[name] for rank in ranks):
+            assert other == pytest.approx(value.item(), rel=1e-12), name
+            torch.testing.assert_close(torch.from_numpy(grad_weight), fc.weight.grad)
+            torch.testing.assert_close(torch.from_numpy(centroids), loss.centroids)
+        for part, whole in ((1, f), (2, g)):
+            parts = torch.cat([torch.from_numpy(rank[name][part]) for rank in ranks])
+            torch.testing.assert_close(parts, whole.grad)
+
+
+def test_world_without_ranks_is_this_process():
+    f, g, target, fc = global_batch()
+    alone, world = (DiscriminativeLoss(7, 12, process_group=group).double() for group in (None, "world"))
+    assert torch.equal(alone(f, g, target, fc), world(f, g, target, fc))

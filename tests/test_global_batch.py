@@ -1,6 +1,7 @@
 """Batches of any sizes in four ranks: the loss and every gradient of one process that has all of the samples."""
 
 import contextlib
+import copy
 import itertools
 import warnings
 from types import SimpleNamespace
@@ -8,13 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import device_of
 from loss_cases import RELATIVE, assert_close, random_case
 from ranks import run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from robustfast import DiscriminativeLoss, global_batch
+from robustfast import DiscriminativeLoss, distributed, global_batch
 
 SIZES = (3, 0, 6, 1)  # samples of each rank
 EXCHANGES = {"sums": {}, "gather": {}, "gather, capturable": {"max_batch": 8}}
@@ -270,6 +272,53 @@ def all_checks(rank, initialise):
 
 def test_four_ranks(tmp_path):
     run_ranks(all_checks, tmp_path / "store", world=len(SIZES), seconds=300)
+
+
+@pytest.mark.parametrize("exchange", ["sums", "gather"])
+def test_a_rank_alone_has_the_plain_loss(exchange, every_backend, monkeypatch):
+    monkeypatch.setattr(distributed, "resolve", lambda process_group: process_group)
+    monkeypatch.setattr(DiscriminativeLoss, "_ranks", lambda *_: global_batch.Ranks(None, exchange))
+    device = device_of(every_backend)
+    case = random_case(24, 9, 5, device=device)
+    plain, alone = (
+        DiscriminativeLoss(5, 9, backend=every_backend, process_group=group, return_terms=True).to(device)
+        for group in (None, "alone")
+    )
+    expected = steps(plain, case, slice(None))
+    assert_close(steps(alone, case, slice(None)), expected, RELATIVE[torch.float32])
+
+
+@pytest.mark.gpu
+def test_sums_in_a_cuda_graph(tmp_path):
+    dist.init_process_group("nccl", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    f, g, target, weight, bias, *_ = random_case(64, device="cuda")
+    leaves = [t.requires_grad_() for t in (f, g, weight, bias)]
+    loss = DiscriminativeLoss(7, 12, process_group=dist.group.WORLD, exchange="sums").cuda()
+
+    def step():
+        value = loss(f, g, target, SimpleNamespace(weight=weight, bias=bias))
+        return (value.detach(), *torch.autograd.grad(value, leaves))
+
+    try:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        for seed in (1, 2):
+            with torch.no_grad():
+                for old, new in zip((f, g, target), random_case(64, seed=seed, device="cuda")[:3], strict=True):
+                    old.copy_(new)
+            state = copy.deepcopy(loss.state_dict())
+            expected = step()
+            loss.load_state_dict(state)
+            graph.replay()
+            torch.testing.assert_close(captured, expected)
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(
