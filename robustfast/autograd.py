@@ -25,7 +25,8 @@ class Refusal(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Any) -> None:
         raise RuntimeError(
-            "robustfast's kernels are once differentiable; for higher derivatives take backend='reference'"
+            "robustfast's kernels, and losses of several ranks, are once differentiable; for higher derivatives take"
+            " backend='reference' without a process_group"
         )
 
 
