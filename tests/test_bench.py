@@ -140,6 +140,7 @@ def test_command(tiny, tmp_path):
         assert loss[name]["bytes"] == 7 * 12 * 6 * 4 and loss[name]["of_ceiling"] > 0
     for chart in ("times.png", "times.svg"):
         assert (tmp_path / chart).stat().st_size > 1000
+    assert "…" not in done.output
     for reason in content["unusable"].values():
         assert reason and reason in done.output.replace("\n", " ")
 

@@ -10,7 +10,7 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from robustfast.backends import LIBRARIES
 from robustfast.bench import cases, measure, report, run
@@ -85,8 +85,11 @@ def _table(rows: list[report.Row]) -> Table:
     header = list(report.HEADER)
     if rows[0]["op"] == "train-step":
         header[header.index("speedup")] = "more than " + cases.BOTH
-    table = Table(*header, title=report.title(rows[0]), title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for row in rows:
-        table.add_row(*report.cells(row), style="" if row["peer"] else "bold")
+    lines = [report.cells(row) for row in rows]
+    shown = [column for column in range(len(header)) if any(line[column] for line in lines)]
+    columns = [Column(header[column], overflow="fold") for column in shown]  # in a narrow terminal nothing is cut off
+    table = Table(*columns, title=report.title(rows[0]), title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for row, line in zip(rows, lines, strict=True):
+        table.add_row(*(line[column] for column in shown), style="" if row["peer"] else "bold")
     table.caption, table.caption_justify = report.null_step(rows) or None, "left"
     return table
