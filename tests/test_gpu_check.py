@@ -29,7 +29,13 @@ def test_gpu_check_on_the_cpu(tmp_path):
     assert set(stage["status"].values()) == {0}
     for row in stage["results"]:
         assert "error" not in row and row.get("ok", True), row
-    assert {row.get("check", row.get("time")) for row in stage["results"]} >= {"accuracy", "noise", "loss", "margin"}
+    assert {row.get("check", row.get("time")) for row in stage["results"]} >= {
+        "accuracy",
+        "noise",
+        "sums",
+        "loss",
+        "margin",
+    }
     assert {row["backend"] for row in stage["results"]} == {"cpu", "triton", "reference"}
 
 
@@ -54,4 +60,4 @@ def test_what_compute_sanitizer_watches(tmp_path):
     done = gpu_check("benchmarks.gpu_check.parts", "cpu.checks", "--device", "cpu", "--watched", "--out", out)
     assert done.returncode == 0, done.stderr
     rows = json.loads(out.read_text())["results"]
-    assert len(rows) == 13 and all(row["ok"] for row in rows)
+    assert len(rows) == 14 and all(row["ok"] for row in rows)

@@ -6,13 +6,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 
 from benchmarks.gpu_check.batches import fresh, in_float64, relative_error, same_bits
 from benchmarks.gpu_check.machine import ROOT, Machine
 from benchmarks.gpu_check.sizes import Sizes
-from robustfast import functional
+from robustfast import DiscriminativeLoss, functional
 from robustfast.bench.cases import forward_backward, loss_of, make_batch
 from robustfast.bench.measure import captured
 
@@ -26,6 +28,8 @@ def checks(machine: Machine, backend: str, sizes: Sizes) -> Iterator[Row]:
         for dtype in DTYPES:
             yield about("accuracy", backend, size, dtype), partial(accuracy, backend, size, dtype, device)
     yield about("noise", backend), partial(noise, backend, device)
+    for size in sizes.sums:
+        yield about("sums", backend, size), partial(sums, backend, size, device)
     for size in sizes.graph:
         yield about("graph", backend, size), partial(graph, backend, size)
     for size in sizes.stream:
@@ -69,22 +73,24 @@ def noise(backend: str, device: str) -> dict:
     return {"same_words": same, "error_of_normals": error, "ok": same and error <= 1e-5}
 
 
+def sums(backend: str, size, device: str) -> dict:
+    """The loss by its steps, with this machine's collectives of one rank between them, and captured in a graph."""
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+    def loss(input, input_noise, target, weight, bias, centroids, seen):
+        module = DiscriminativeLoss(*weight.shape, backend=backend, process_group=dist.group.WORLD, exchange="sums")
+        module.centroids, module.seen = centroids, seen
+        return module(input, input_noise, target, SimpleNamespace(weight=weight, bias=bias))
+
+    batch = make_batch(size, torch.float32, device)
+    expected = forward_backward(loss_of("reference"), fresh(in_float64(batch)))
+    error = relative_error(forward_backward(loss, batch), expected)
+    return {"all_error": error, "ok": error <= 1e-4 and (device == "cpu" or replays_alike(loss, size))}
+
+
 def graph(backend: str, size) -> dict:
-    """One graph replayed on three batches of other features, labels, classifiers and state, against eager steps."""
-    static = make_batch(size, torch.float32, "cuda")
-    results = []
-
-    def step():
-        results[:] = forward_backward(loss_of(backend), static)
-
-    replay = captured(step)
-    same = True
-    for seed in (1, 2, 3):
-        batch = make_batch(size, torch.float32, "cuda", seed)
-        overwrite(static, batch)
-        replay()
-        eager = forward_backward(loss_of(backend), batch)
-        same &= same_bits((*results, *static[5:]), (*eager, *batch[5:]))
+    same = replays_alike(loss_of(backend), size)
     seed, x = torch.zeros((), dtype=torch.int64, device="cuda"), torch.rand(8, 100, device="cuda")
     noisy = []
     replay = captured(lambda: noisy.append(functional.gaussian_noise(x, 0.1, seed=seed, backend=backend)))
@@ -93,6 +99,25 @@ def graph(backend: str, size) -> dict:
         replay()
         same &= torch.equal(noisy[-1], functional.gaussian_noise(x, 0.1, seed=value, backend=backend))
     return {"ok": same}
+
+
+def replays_alike(loss: Callable[..., torch.Tensor], size) -> bool:
+    """One graph replayed on three batches of other features, labels, classifiers and state, against eager steps."""
+    static = make_batch(size, torch.float32, "cuda")
+    results = []
+
+    def step():
+        results[:] = forward_backward(loss, static)
+
+    replay = captured(step)
+    same = True
+    for seed in (1, 2, 3):
+        batch = make_batch(size, torch.float32, "cuda", seed)
+        overwrite(static, batch)
+        replay()
+        eager = forward_backward(loss, batch)
+        same &= same_bits((*results, *static[5:]), (*eager, *batch[5:]))
+    return same
 
 
 @torch.no_grad()

@@ -22,10 +22,15 @@ class Sizes:
     images: tuple | None = (512, 3, 224, 224)
     matrix: int = 8192
     copy: int = 1 << 31
+    sums: tuple = ((1000, 512, 300), (64, 128, 10))  # the loss's steps, between collectives
 
 
 # Without a GPU: the same code, at sizes that a processor and Triton's interpreter manage.
-TINY = Sizes(((20, 12, 10),), (), (), (), (((20, 12, 10), "float32"),), (16, 8, 50), (2, 3, 8, 8), 64, 1 << 16)
+TINY = Sizes(
+    ((20, 12, 10),), (), (), (), (((20, 12, 10), "float32"),), (16, 8, 50), (2, 3, 8, 8), 64, 1 << 16, ((20, 12, 10),)
+)
 
 # For tools that watch every access: each kind of kernel once, and nothing timed.
-WATCHED = Sizes(((9000, 16, 40), (200, 77, 150), (64, 128, 10)), (), (), (), (), None, None, 64, 1 << 16)
+WATCHED = Sizes(
+    ((9000, 16, 40), (200, 77, 150), (64, 128, 10)), (), (), (), (), None, None, 64, 1 << 16, ((200, 77, 150),)
+)
