@@ -308,7 +308,15 @@ class ShardedDiscriminativeLoss(DiscriminativeLoss):
         super()._load_from_state_dict({**state_dict, **own}, prefix, *rest)
 
     def _block(self) -> Block:
-        return Block.of(self.num_classes, process_groups.resolve(self.process_group))
+        block = Block.of(self.num_classes, process_groups.resolve(self.process_group))
+        weight = self._parameters.get("weight")
+        if weight is not None and weight.shape[0] != block.size:
+            raise ValueError(
+                f"process_group: expected the ranks over which {self.num_classes} classes were split, {len(weight)} of"
+                f" them here, got {collectives.size(block.group)} ranks, with {block.size} here; make the module after"
+                " init_process_group"
+            )
+        return block
 
     def _classes_here(self) -> int:
         return self._block().size

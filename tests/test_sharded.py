@@ -20,6 +20,7 @@ from ranks import run_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 from robustfast import DiscriminativeLoss, collectives, shards
 from robustfast.distributed import (
@@ -120,6 +121,23 @@ def exact_rows(group):
         winner = torch.where(scores == -torch.inf, -1, 1).int()
         expected = [1, 2 * max(0, world - 2) + 1, 1, -1, 1 if world != 2 else 3]
         assert shards.best_of_ranks(scores, winner, block).tolist() == expected
+
+
+def skipped_by_all(group, rank):
+    """A step in float16 that one rank has to skip, as docs/scaling.md says: all skip it."""
+    head = head_of(whole(11), group, torch.float32)
+    scaler = ShardedGradScaler(device="cpu", process_group=group)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+    f, g, target, *_ = whole(11)
+    before = head.weight.detach().clone()
+    for overflow in (True, False):
+        scaler.scale(head(f.float(), g.float(), target)).backward()
+        if overflow and rank == 1:
+            head.weight.grad[0] = torch.inf
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert torch.equal(head.weight, before) == overflow
 
 
 class Net(nn.Module):
@@ -330,6 +348,12 @@ def errors_on_every_rank(group, rank):
             call()
     with pytest.raises(ValueError, match="input_noise: expected a noisy view on all ranks or on none"):
         head(f, g if rank else None, target)
+    head.process_group = False
+    with pytest.raises(ValueError, match=r"11 classes were split, [23] of them here, got 1 ranks, with 11 here"):
+        head(f, g, target)
+    head.process_group = group
+    with pytest.raises(TypeError, match="exchange: ShardedDiscriminativeLoss has one way"):
+        ShardedDiscriminativeLoss(11, DIM, process_group=group, exchange="sums")
     with pytest.raises(ValueError, match=r"input: expected shape \(4, 5\)|weight: expected shape"):
         head(f[:, 1:], None, target)
 
@@ -382,6 +406,7 @@ def every_check(rank, initialise, folder):
     under_wrappers(world)
     bytes_as_derived(world)
     errors_on_every_rank(world, rank)
+    skipped_by_all(world, rank)
     every_way_of_having_it(world)
     resharded((world, three, singles[rank]), rank, folder)
     damaged(world, rank, folder)
