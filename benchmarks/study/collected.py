@@ -34,7 +34,7 @@ def collect(place: Path, about: dict[str, Any]) -> dict[str, Any]:
         "sigma": first.about["sigma"],
         "environment": runs.environment(),
         "arms": [
-            {"name": arm.name, "method": arm.method, "changes": arm.changes, "base": arm.base,
+            {"name": arm.name, "method": arm.method, "changes": _changes(arm), "base": arm.base,
              "seeds": len(models[arm.name])}
             for arm in ARMS if arm.name in models
         ],
@@ -50,6 +50,13 @@ def collect(place: Path, about: dict[str, Any]) -> dict[str, Any]:
         "corruption": corruption_errors(methods, "normal"),
         "paired": list(_pairs(models)),
     }  # fmt: skip
+
+
+def _changes(arm: Arm) -> dict[str, Any]:
+    """The settings in which a variation differs from the arm that it is set beside."""
+    base = next((other for other in ARMS if other.name == arm.base), arm)
+    own, its = (each.config(0, {}).as_json() for each in (arm, base))
+    return {name: value for name, value in own.items() if value != its[name]}
 
 
 def _finished(place: Path, arm: Arm) -> Iterator[Evaluated]:
