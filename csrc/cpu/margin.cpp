@@ -99,10 +99,11 @@ struct FinishRow {
 
   // The boundary with the winner: its hinge, and where that has one its gradient, which mu_grad's samples share.
   F settle(int64_t row) {
-    visit(to.own.weight.dtype,
-          [&](auto zero) { widen(to.own.weight.template row<decltype(zero)>(to.own.at(row)), to.dim, w_c.data()); });
+    visit_features<F>(to.own.weight.dtype, [&](auto zero) {
+      widen(to.own.weight.template row<decltype(zero)>(to.own.at(row)), to.dim, w_c.data());
+    });
     F excess = 0;
-    visit(to.other.weight.dtype, [&](auto zero) {
+    visit_features<F>(to.other.weight.dtype, [&](auto zero) {
       const auto* w_w = to.other.weight.template row<decltype(zero)>(to.other.at(row));
       const F bias_difference = bias_at<F>(to.other, row) - bias_at<F>(to.own, row);
       const Boundary<F> found = boundary(w_w, w_c.data(), boundary_grad(row), bias_difference, to.dim);

@@ -134,7 +134,7 @@ struct OwnRows {
   std::vector<F> wide;
 
   OwnRows(const ClassifierRows& rows, int64_t present, int64_t dim) : rows(rows), dim(dim) {
-    visit(rows.weight.dtype, [&](auto zero) {
+    visit_features<F>(rows.weight.dtype, [&](auto zero) {
       using T = decltype(zero);
       if constexpr (!std::is_same_v<T, F>) {
         wide.resize(present * dim);
@@ -472,7 +472,7 @@ std::vector<Best<F> > Search<T, F>::run() const {
 template <class Wide>
 void margin_search(const Wide* mu, const ClassifierRows& own, const Matrix& weight, const Matrix& bias, int64_t rows,
                    int64_t dim, int64_t num_classes, Wide* score, int32_t* winner) {
-  visit(weight.dtype, [&](auto zero) {
+  visit_features<Wide>(weight.dtype, [&](auto zero) {
     const Search<decltype(zero), Wide> search(mu, own, weight, bias, rows, dim, num_classes);
     const std::vector<Best<Wide> > best = search.run();
     for (int64_t row = 0; row < rows; ++row) {

@@ -20,7 +20,7 @@ LossResults::Tuple discriminative_loss(const Tensor& input, const std::optional<
                                        const std::optional<Tensor>& scheduled, int64_t norm, bool update_state,
                                        int64_t ignore_index) {
   const LossSizes sizes(input, weight.size(0));
-  const Tensor f = unit_rows(input), w = unit_rows(weight);
+  const Tensor f = unit_rows(input), w = classifier_rows(weight, wide_dtype(input));
   const std::optional<Tensor> g = unit_rows(input_noise);
   const LossResults results(sizes, input, wide_dtype(input));
   with_huge_pages(results.tables);

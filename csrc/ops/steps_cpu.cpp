@@ -60,7 +60,8 @@ PullResults::Tuple class_pulls(const Tensor& input, const std::optional<Tensor>&
 
 SearchResults::Tuple margin_search(const Tensor& mu, const Tensor& weight_c, const std::optional<Tensor>& bias_c,
                                    const Tensor& weight, const std::optional<Tensor>& bias) {
-  const Tensor points = dense(mu), own = unit_rows(weight_c), w = unit_rows(weight);
+  const Tensor points = dense(mu), own = classifier_rows(weight_c, mu.scalar_type()),
+               w = classifier_rows(weight, mu.scalar_type());
   const SearchResults results(mu);
   for_wide(mu.scalar_type(), [&]<class Wide>(Wide) {
     margin_search(data<Wide>(points), ClassifierRows{matrix(own), matrix(bias_c)}, matrix(w), matrix(bias), mu.size(0),
@@ -73,8 +74,8 @@ FinishResults::Tuple finish(const Tensor& mu, const Tensor& centroid, const Tens
                             const Tensor& tau, const Tensor& weight_c, const std::optional<Tensor>& bias_c,
                             const Tensor& weight_w, const std::optional<Tensor>& bias_w, const Tensor& winner,
                             std::vector<double> settings, const std::optional<Tensor>& scheduled, int64_t norm) {
-  const Tensor m = dense(centroid), n_c = dense(counts), t = dense(tau), own = unit_rows(weight_c),
-               other = unit_rows(weight_w);
+  const Tensor m = dense(centroid), n_c = dense(counts), t = dense(tau),
+               own = classifier_rows(weight_c, mu.scalar_type()), other = classifier_rows(weight_w, mu.scalar_type());
   const FinishResults results(mu, pull_sum, winner);
   for_wide(mu.scalar_type(), [&]<class Wide>(Wide) {
     const SettingsOf<Wide> s = settings_of(settings, scheduled).template as<Wide>();

@@ -65,6 +65,14 @@ inline Tensor unit_rows(const Tensor& tensor) {
   return tensor.dim() < 2 || tensor.size(1) <= 1 || tensor.stride(1) == 1 ? tensor : torch::stable::contiguous(tensor);
 }
 
+// A classifier's rows as the CPU's kernels take them beside statistics in `wide`: half types as they are beside
+// float32, all others in `wide`. A mixture with float64 is rare, and every kernel compiled for it is a fifth of the
+// binary.
+inline Tensor classifier_rows(const Tensor& weight, ScalarType wide) {
+  const bool taken = weight.scalar_type() == wide || (weight.element_size() == 2 && wide == ScalarType::Float);
+  return unit_rows(taken ? weight : torch::stable::to(weight, wide));
+}
+
 // Of a tensor that outlives it and went through unit_rows. One without elements has no memory, but it is there.
 inline Matrix matrix(const Tensor& tensor) {
   static constexpr char nothing = 0;
