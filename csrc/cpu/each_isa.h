@@ -17,6 +17,9 @@
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 
+// Of what is called for whole rows and more: a copy at each call is larger, and no faster.
+#define RF_NOINLINE __attribute__((noinline))
+
 #if defined(__x86_64__)
 
 #define RF_TARGET_LAMBDA __attribute__((target(RF_TARGET)))

@@ -85,7 +85,7 @@ struct SumPhase {
 
   Wide* row(int64_t row) const { return table + row * stride; }
 
-  void add(const Chunk& chunk, Wide* sum, Wide*) const {
+  RF_NOINLINE void add(const Chunk& chunk, Wide* sum, Wide*) const {
     std::fill(sum, sum + features.dim, Wide(0));
     for (int64_t k = chunk.begin; k < chunk.end; ++k) {
       add_row(features.input.template row<T>(features.groups->order[k]), features.dim, sum);
@@ -105,7 +105,7 @@ struct CentroidPhase : SumPhase<T, Wide> {
 
   explicit CentroidPhase(const Centroids<Wide>& to) : SumPhase<T, Wide>{to.features, to.mu, to.features.dim}, to(to) {}
 
-  void finish(int64_t row) const {
+  RF_NOINLINE void finish(int64_t row) const {
     const int64_t dim = this->stride;
     const Wide inverse_count = Wide(1) / Wide(this->features.groups->count(row)), momentum = to.momentum;
     Wide* const previous = to.centroids + to.classes[row] * dim;
@@ -134,7 +134,7 @@ struct PullPhase {
 
   Wide* row(int64_t row) const { return to.pull_sum + row * to.features.dim; }
 
-  void add(const Chunk& chunk, Wide* pull_sum, Wide* terms) const {
+  RF_NOINLINE void add(const Chunk& chunk, Wide* pull_sum, Wide* terms) const {
     const int64_t dim = to.features.dim;
     const Wide* centroid = to.centroid + chunk.row * dim;
     const Wide sample_share = to.sample_share[chunk.row], delta_var = to.delta_var;
@@ -158,7 +158,7 @@ struct PullPhase {
   void finish(int64_t) const {}
 };
 
-inline std::vector<Chunk> split(const Groups& groups) {
+RF_NOINLINE inline std::vector<Chunk> split(const Groups& groups) {
   std::vector<Chunk> chunks;
   for (int64_t row = 0; row < groups.rows(); ++row) {
     const int64_t begin = groups.begin[row], end = groups.begin[row + 1];
@@ -171,7 +171,8 @@ inline std::vector<Chunk> split(const Groups& groups) {
 
 // Adds up `partial` (dim a chunk) over the chunks of each split class into its row.
 template <class Phase, class Wide>
-void combine(const Phase& phase, const std::vector<Chunk>& chunks, const std::vector<Wide>& partial, int64_t dim) {
+RF_NOINLINE void combine(const Phase& phase, const std::vector<Chunk>& chunks, const std::vector<Wide>& partial,
+                         int64_t dim) {
   for (size_t s = 0; s < chunks.size(); ++s) {
     if (chunks[s].whole) continue;
     const int64_t row = chunks[s].row;
