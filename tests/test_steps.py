@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import device_of
+from conftest import USABLE, device_of, enter
 from loss_cases import RELATIVE, assert_close, in_float64, random_case, run
 
 from robustfast import steps
@@ -150,3 +150,19 @@ def test_more_rows_than_samples(every_backend):
         grads = backward(*arguments), steps.discriminative_loss_backward(*arguments)
         for actual, expected in zip(*grads, strict=True):
             torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["cpu", "emulated"])
+def test_opcheck(name, request):
+    if name not in USABLE:
+        pytest.skip(f"{name} cannot run here")
+    op, (f, g, target, weight, bias, *_) = ops(enter(request, name)), random_case(9, 6, 5)
+    rows, settings = torch.ones(5), list(Settings())
+    winner = torch.arange(5, dtype=torch.int32).roll(1)
+    for step, *arguments in (
+        (op.class_sums, f, target, 5, -100),
+        (op.class_pulls, f, g, target, weight, rows, settings, None, 2, -100),
+        (op.margin_search, weight, weight, bias, weight, bias),
+        (op.finish, weight, weight, weight, rows, rows, weight, bias, weight[winner], bias, winner, settings, None, 2),
+    ):
+        torch.library.opcheck(step, tuple(arguments))
