@@ -95,15 +95,11 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=512, help="of all ranks")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--out", help="a file for the JSON; - prints it")
+    parser.add_argument("--out", type=Path, help="a file for the JSON")
     options = parser.parse_args()
     result = measure(options)
-    content = json.dumps(result, indent=1) + "\n"
-    if options.out == "-":
-        print(content)
-        return
     if options.out:
-        Path(options.out).write_text(content)
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
     for name, size in result["derived"].items():
         print(f"{name:30} {size / 2**20:9.1f} MiB")
     for rank, found in enumerate(result["measured"]):

@@ -396,6 +396,7 @@ def every_way_of_having_it(group):
 
 def every_check(rank, initialise, folder):
     warnings.simplefilter("error")  # no deprecated collective either
+    warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # PyTorch 2.10's checkpoints
     initialise()
     world, three = dist.group.WORLD, dist.new_group([0, 1, 2])
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
@@ -421,11 +422,12 @@ def test_one_process_without_a_group():
     exact_rows(None)
 
 
-def test_memory_of_a_rank_is_as_derived():
+def test_memory_of_a_rank_is_as_derived(tmp_path):
     """Of 100,000 classes and 512 samples, whose logits on a rank would be more than those that exist at a time."""
-    command = [sys.executable, "benchmarks/sharded_memory.py", "--num-classes", "100000", "--steps", "2", "--out", "-"]
+    out = tmp_path / "memory.json"
+    command = [sys.executable, "benchmarks/sharded_memory.py", "--num-classes", "100000", "--steps", "2", "--out", out]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=True)
-    result = json.loads(done.stdout)
+    subprocess.run(command, cwd=ROOT, env=environment, timeout=240, check=True)
+    result = json.loads(out.read_text())
     for rank in result["measured"]:
         assert 0.8 < rank["peak"] / result["derived"]["sum"] < 1.2
