@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
+import robustfast
 from robustfast import DiscriminativeLoss, collectives, shards
 from robustfast.distributed import (
     ShardedDiscriminativeLoss,
@@ -426,7 +427,7 @@ def test_memory_of_a_rank_is_as_derived(tmp_path):
     """Of 100,000 classes and 512 samples, whose logits on a rank would be more than those that exist at a time."""
     out = tmp_path / "memory.json"
     command = [sys.executable, "benchmarks/sharded_memory.py", "--num-classes", "100000", "--steps", "2", "--out", out]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(Path(robustfast.__file__).parents[1])}  # the package of this process
     subprocess.run(command, cwd=ROOT, env=environment, timeout=240, check=True)
     result = json.loads(out.read_text())
     for rank in result["measured"]:
