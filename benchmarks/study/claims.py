@@ -87,35 +87,42 @@ def _baseline(arm: dict[str, Any]) -> bool:
     return arm["base"] in (None, "noisy")
 
 
-def recipe(found: Sequence[dict[str, Any]]) -> str:
-    """What discriminative-both is worth: whether any other method is ahead of it by more than the seeds' spread."""
+def _ahead(theirs: Sequence[float], own: Sequence[float]) -> float:
+    """By how much the mean over the seeds that both have is ahead, where it is by more than both deviations; else 0."""
+    theirs, own = zip(*zip(theirs, own, strict=False), strict=True)
+    by = fmean(theirs) - fmean(own)
+    return by if by > max(map(cells.deviation, (theirs, own))) else 0.0
+
+
+def recipes(found: Sequence[dict[str, Any]]) -> str:
+    """What discriminative-both is worth, as it was tuned and with a sigma for each image."""
     parts = [
         "\n### The recipe `discriminative-both`\n",
-        "Cross entropy of both views beside the discriminative loss. `noisy with a sigma each`, whose noise reaches 2σ "
-        "in training, was not tuned.\n",
+        "Cross entropy of both views beside the discriminative loss. Those `with a sigma each`, whose noise "
+        "reaches 2σ in training, were not tuned.\n",
     ]
     for study in found:
-        noises = cells.noises_of(study)
-        own = {name: cells.values(study, "discriminative-both", name) for name in noises}
-        others = [arm["name"] for arm in study["arms"] if arm["name"] != "discriminative-both" and _baseline(arm)]
-        ahead = [
-            f"`{other}` at {cells.noise_name(name)} ({cells.POINTS * (fmean(theirs) - fmean(own[name])):+.1f})"
-            for name in noises
-            for other in others
-            if fmean(theirs := cells.values(study, other, name)) - fmean(own[name])
-            > max(map(cells.deviation, (theirs, own[name])))
-        ]
-        found_text = ", ".join(ahead) if ahead else "no other method is, at any σ"
-        parts.append(
-            f"{cells.TITLES[study['data']]}: ahead of it by more than the larger of both deviations: {found_text}.\n"
-        )
-        rows = [
-            [
-                f"`{other}`",
-                *(cells.shown(cells.pair_of(study, "discriminative-both", other, name), name) for name in noises),
-            ]
-            for other in others
-        ]
-        head = [f"{cells.TITLES[study['data']]}: `discriminative-both` −", *map(cells.noise_name, noises)]
-        parts.append(cells.table(head, rows))
+        names = [arm["name"] for arm in study["arms"]]
+        parts += [recipe(study, name) for name in names if name.startswith("discriminative-both")]
     return "\n".join(parts)
+
+
+def recipe(study: dict[str, Any], name: str) -> str:
+    """Whether any other method is ahead of this one by more than the seeds' spread, and the paired differences."""
+    noises, title = cells.noises_of(study), cells.TITLES[study["data"]]
+    own = {noise: cells.values(study, name, noise) for noise in noises}
+    others = [arm["name"] for arm in study["arms"] if arm["name"] != name and _baseline(arm)]
+    ahead = [
+        f"`{other}` at {cells.noise_name(noise)} ({cells.POINTS * by:+.1f})"
+        for noise in noises
+        for other in others
+        if (by := _ahead(cells.values(study, other, noise), own[noise]))
+    ]
+    found = ", ".join(ahead) if ahead else "no other method is, at any σ"
+    rows = []
+    for other in others:
+        pairs = [(cells.pair_of(study, name, other, noise), noise) for noise in noises]
+        if any(pair for pair, _ in pairs):
+            rows.append([f"`{other}`", *(cells.shown(*pair) for pair in pairs)])
+    head = [f"{title}: `{name}` −", *map(cells.noise_name, noises)]
+    return f"{title}, ahead of `{name}` by more than both deviations: {found}.\n\n{cells.table(head, rows)}"

@@ -115,7 +115,10 @@ def _pairs(models: Models) -> Iterator[dict[str, Any]]:
     methods = [arm.name for arm in METHOD_ARMS]
     paper, recipe = methods[-2:]
     wanted = [(name, other) for name in (paper, recipe) for other in methods if other not in (name, recipe)]
-    wanted += [(recipe, arm.name) for arm in ARMS if arm.base == "noisy"]
+    varied = [arm.name for arm in ARMS if arm.base == recipe]  # the recipe with more variety of noise
+    augmented = [arm.name for arm in ARMS if arm.base == "noisy"]
+    wanted += [(recipe, other) for other in augmented]
+    wanted += [(name, other) for name in varied for other in (*methods, *augmented) if other != recipe]
     for name, other in wanted + [(arm.name, arm.base) for arm in ARMS if arm.base]:
         pairs = list(zip(models.get(name, ()), models.get(other, ()), strict=False))
         if not pairs:
