@@ -79,4 +79,5 @@ def test_kernels_that_the_launchers_choose(target, tmp_path):
     types = {report["types"][0] for report in searches}
     assert types >= {"*bf16", "*fp16", "*fp32"}
     assert not [report for report in searches if report["types"][0] in MATRIX_TYPES and report["matrix"] == 0]
-    assert {report["kernel"] for report in reports} == KERNELS
+    absent = set() if target == "sm_90" else {"label_kernel"}  # of a batch that is long, which one target is enough for
+    assert {report["kernel"] for report in reports} == KERNELS - absent

@@ -6,7 +6,8 @@ namespace robustfast {
 namespace {
 
 struct Cpu {
-  static constexpr auto *add_noise = robustfast::add_noise, *add_noise_backward = robustfast::add_noise_backward;
+  static constexpr auto* add_noise = robustfast::add_noise;
+  static constexpr auto* add_noise_backward = robustfast::add_noise_backward;
   static constexpr auto* noisy_pair = robustfast::noisy_pair;
   static constexpr auto* noisy_pair_backward = robustfast::noisy_pair_backward;
   static constexpr auto* philox_words = robustfast::philox_words;

@@ -7,7 +7,8 @@ namespace robustfast {
 namespace {
 
 struct Cuda : OnDevice {
-  static constexpr auto *add_noise = cuda::add_noise, *add_noise_backward = cuda::add_noise_backward;
+  static constexpr auto* add_noise = cuda::add_noise;
+  static constexpr auto* add_noise_backward = cuda::add_noise_backward;
   static constexpr auto* noisy_pair = cuda::noisy_pair;
   static constexpr auto* noisy_pair_backward = cuda::noisy_pair_backward;
   static constexpr auto* philox_words = cuda::philox_words;
