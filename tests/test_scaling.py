@@ -8,7 +8,7 @@ import pytest
 import torch
 from loss_cases import random_case
 
-from robustfast import DiscriminativeLoss, collectives, distributed, global_batch
+from robustfast import DiscriminativeLoss, collectives, global_batch, process_groups
 
 SCRIPT = str(Path(__file__).resolve().parents[1] / "benchmarks" / "scaling.py")
 
@@ -53,7 +53,7 @@ def test_bytes_are_those_of_a_step(scaling, exchange, monkeypatch):
     monkeypatch.setattr(collectives, "rank", lambda group: 0)
     monkeypatch.setattr(global_batch, "SPLIT_SEARCH", {"cpu": 0})
     f, g, target, *_ = random_case(n, dtype=torch.bfloat16)
-    monkeypatch.setattr(distributed, "training_group", lambda module: "both")
+    monkeypatch.setattr(process_groups, "training_group", lambda module: "both")
     loss = DiscriminativeLoss(num_classes, dim, exchange=exchange, max_batch=n)
     fc = torch.nn.Linear(dim, num_classes)
     loss(f, g, target, fc).backward()

@@ -461,6 +461,7 @@ def test_the_learning_rate_moves_within_an_epoch(tiny, monkeypatch):
 def test_a_compiled_run_is_the_eager_one(tiny, monkeypatch):
     """With the compiler's own backend it takes minutes here."""
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
     config = replace(tiny, epochs=2, batch_size=10)
     assert history(replace(config, compile=True)) == pytest.approx(history(config), rel=1e-3)
