@@ -54,7 +54,7 @@ Written by hand from the tables below.
   none.
 - Its features are as its loss wants them: classes gathered, noisy features near the clean ones. The alignment to
   the clean centroid matters, a little at the trained noise, much beyond; noisy features drawn to their own
-  centroids instead are worse than none: some 3 points at the trained noise, 15 at σ 0.6. That the margin, its
+  centroids instead are worse than none: some 3 points at the trained noise, 14 at σ 0.6. That the margin, its
   distance δ_d, or a memory of the centroids matter for accuracy is not shown here.
 - Curvature is no explanation of what a method withstands: noise augmentation has a lower curvature (median over
   images) than the paper's method, stability training a higher one, at about the same accuracy. Of one model's
