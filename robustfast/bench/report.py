@@ -74,12 +74,12 @@ def machine(content: dict[str, Any]) -> str:
 def summary(content: dict[str, Any], ops: Sequence[str]) -> str:
     """One markdown row a table: plain PyTorch, the fastest kernel, its speedup over the best of what it is held to.
 
-    Of training steps, what they take without the method and with it.
+    Of training steps, what they take without the method and with it. Points of scaling curves are left to their charts.
     """
     speed = ["| | eager, ms | compiled, ms | robustfast, ms | speedup over | of the ceiling |", "|" + " --- |" * 6]
     added = ["| | without the method, ms | with it, ms | more |", "|" + " --- |" * 4]
     for key, rows in tables(content["rows"]):
-        if key[0] not in ops or not any("speedup" in row for row in rows):
+        if key[0] not in ops or key[1].startswith("scaling-") or not any("speedup" in row for row in rows):
             continue
         times = {row["implementation"]: _digits(1e3 * row["seconds"]["median"]) for row in rows}
         kernels = [row for row in rows if "speedup" in row and row["implementation"] != "reference"]
