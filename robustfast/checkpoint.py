@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from robustfast import collectives, disk
+from robustfast import collectives, disk, ranks
 from robustfast.sharded import ShardedDiscriminativeLoss
 
 CHECKSUMS = "checksums.json"
@@ -39,10 +38,10 @@ def save_checkpoint(state: dict[str, Any], folder: str | os.PathLike[str], proce
 
     folder, group = Path(folder), _group(process_group)
     part = folder.with_name(folder.name + ".part")
-    _on_first_rank(lambda: _begin(part), group)
+    ranks.first(lambda: _begin(part), group)
     save(state, storage_writer=FileSystemWriter(part), process_group=group, no_dist=group is None)
     checksums = _agree(_checksums(part, group), group)
-    _on_first_rank(lambda: _complete(part, folder, checksums), group)
+    ranks.first(lambda: _complete(part, folder, checksums), group)
 
 
 def _begin(part: Path) -> None:
@@ -167,16 +166,3 @@ def _agree(mine: Any, group: Any) -> list[Any]:
     if group is not None:
         dist.all_gather_object(found, mine, group=group)
     return found
-
-
-def _on_first_rank(action: Callable[[], None], group: Any) -> None:
-    """Do it there, and raise its error on every rank."""
-    problem = None
-    if collectives.rank(group) == 0:
-        try:
-            action()
-        except OSError as error:
-            problem = error
-    problem = _agree(problem, group)[0]
-    if problem is not None:
-        raise problem

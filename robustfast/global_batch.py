@@ -46,8 +46,8 @@ class GlobalLossFunction(DiscriminativeLossFunction):
         with torch.autocast(input.device.type, enabled=False):
             loss, terms, slot, pull, tables, *rest = loss_of(backend, ranks, *arguments, update_state, ignore_index)
             size = collectives.size(ranks.group)
-            centroid, mu_grad, boundary_grad = tables
-            saved = (slot, pull * size, torch.stack((centroid, mu_grad * size, boundary_grad)), *rest)
+            tables[1] *= size  # mu_grad
+            saved = (slot, pull * size, tables, *rest)
         ctx.save_for_backward(input, input_noise, weight, bias, *saved)
         ctx.backward_op, ctx.norm = steps.of(backend).discriminative_loss_backward, norm
         ctx.mark_non_differentiable(terms)
@@ -73,9 +73,7 @@ def by_sums(
     counts = sums[:, -1].contiguous()
     mu = sums[:, :-1] / counts.clamp(min=1).unsqueeze(1)
     taken = counts > 0
-    tau = torch.where(seen, 1 - s.momentum, torch.ones_like(counts))
-    blended = tau.unsqueeze(1) * mu + s.momentum * centroids
-    centroid = torch.where(seen.unsqueeze(1), blended, mu)
+    centroid, tau = steps.momentum_centroids(mu, centroids, seen, s.momentum)
     sample_share = torch.where(taken, 1 / (taken.sum() * counts), 0)
     if update_state:
         write = taken & centroid.isfinite().all(1)
@@ -88,16 +86,13 @@ def by_sums(
     pull_sum, squares = sum_over_ranks(group, pull_sum, squares)
     winner = search(step, group, mu, weight, bias)
     weight_w, bias_w = rows_of(weight, bias, winner.long().clamp(min=0))
-    mu_grad, boundary_grad, boundary_bias, winner, (margin, regularization) = step.finish(
+    mu_grad, boundary_grad, boundary_bias, winner, of_rows = step.finish(
         mu, centroid, pull_sum, counts, tau, weight, bias, weight_w, bias_w, winner, settings, scheduled, norm
     )
-    compactness, alignment = squares
-    variance = compactness if input_noise is None else (compactness + alignment) / 2
-    loss = s.alpha * variance + s.beta * margin + s.gamma * regularization
-    terms = torch.stack((variance, margin, regularization, compactness, alignment))
+    loss, terms = steps.total(s, squares, of_rows, 1 if input_noise is None else 2)
     classes = torch.stack((torch.arange(num_classes, dtype=winner.dtype, device=winner.device), winner))
     tables = torch.stack((centroid, mu_grad, boundary_grad))
-    return loss.to(terms.dtype), terms, slot, pull, tables, classes, boundary_bias
+    return loss, terms, slot, pull, tables, classes, boundary_bias
 
 
 def search(step: Any, group: Any, mu: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

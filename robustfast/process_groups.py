@@ -10,17 +10,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from robustfast import ranks
+
 
 def resolve(process_group: Any) -> Any:
     """The torch.distributed group that a module's ``process_group`` stands for now; None for this rank alone."""
     if process_group is None:
-        if not torch.compiler.is_compiling() and _several_ranks():
+        if not torch.compiler.is_compiling() and ranks.count() > 1:
             _warn_of_ranks_apart()
         return None
     if process_group is False:
         return None
     if process_group is True or (isinstance(process_group, str) and process_group == "world"):
-        return dist.group.WORLD if _several_ranks() else None
+        return dist.group.WORLD if ranks.count() > 1 else None
     if isinstance(process_group, dist.device_mesh.DeviceMesh):
         if process_group.ndim != 1:
             dimensions = process_group.mesh_dim_names or process_group.ndim
@@ -45,10 +47,6 @@ def portable(process_group: Any) -> Any:
         stacklevel=3,
     )
     return None
-
-
-def _several_ranks() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 @cache

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -51,14 +51,14 @@ def joined(timeout: float = 600.0) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def count() -> int:
-    """How many ranks there are."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+def count(group: Any = None) -> int:
+    """How many ranks there are, in all or in a group."""
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
-def rank() -> int:
+def rank(group: Any = None) -> int:
     """This one's number; rank 0 writes and prints."""
-    return dist.get_rank() if count() > 1 else 0
+    return dist.get_rank(group) if count(group) > 1 else 0
 
 
 def share(items: Tensor) -> Tensor:
@@ -66,17 +66,17 @@ def share(items: Tensor) -> Tensor:
     return items.tensor_split(count())[rank()]
 
 
-def first(function: Callable[[], Result]) -> Result:
+def first(function: Callable[[], Result], group: Any = None) -> Result:
     """What ``function()`` returns or raises on rank 0, on every rank; it is called there alone."""
-    if count() == 1:
+    if count(group) == 1:
         return function()
     outcome: list = [None, None]
-    if rank() == 0:
+    if rank(group) == 0:
         try:
             outcome[0] = function()
         except Exception as error:
             outcome[1] = error
-    dist.broadcast_object_list(outcome)
+    dist.broadcast_object_list(outcome, group=group, group_src=0)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]

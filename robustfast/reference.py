@@ -331,12 +331,19 @@ def transformed() -> bool:
 @torch.no_grad()
 def write_state(centroid: Tensor, groups: Groups, centroids: Tensor, seen: Tensor) -> None:
     """centroids_c <- m_c and seen_c <- True for the classes of the batch, except where m_c is not finite."""
-    # Rows without samples repeat the first row, so that no two rows write different values to one class.
-    row = torch.arange(groups.classes.numel(), device=groups.classes.device) * groups.taken
-    write = (groups.taken & centroid.isfinite().all(1))[row]
-    classes = groups.classes[row]
-    centroids[classes] = torch.where(write.unsqueeze(1), centroid[row], centroids[classes])
-    seen[classes] = seen[classes] | write
+    write_rows(groups.classes, groups.taken, centroid, centroids, seen)
+
+
+def write_rows(place: Tensor, wanted: Tensor, centroid: Tensor, centroids: Tensor, seen: Tensor) -> None:
+    """centroids[place] <- centroid and seen[place] <- True for the wanted rows (R,) that are finite."""
+    if not len(place):
+        return
+    write = wanted & centroid.isfinite().all(1)
+    # Other rows repeat the first of these, so that no two rows write different values to one place.
+    row = torch.where(write, torch.arange(len(place), device=place.device), write.int().argmax())
+    place, write = place[row], write[row]
+    centroids[place] = torch.where(write.unsqueeze(1), centroid[row], centroids[place])
+    seen[place] = seen[place] | write
 
 
 def philox_words(seed: Tensor, sample_ids: Tensor, draw: int | Tensor, quads: int) -> Tensor:

@@ -76,25 +76,21 @@ class ShardedLossFunction(torch.autograd.Function):
             bias_of = () if bias is None else (bias,)
             weight_c, previous, known, *bias_c = fetch(block, groups.classes, (weight, centroids, seen, *bias_of), wide)
             mu = step.class_sums(f, row, rows, -1)[:, :-1] / counts.clamp(min=1).unsqueeze(1)
-            tau = torch.where(known > 0, 1 - s.momentum, torch.ones_like(known))
-            blended = tau.unsqueeze(1) * mu + s.momentum * previous
-            centroid = torch.where(known.unsqueeze(1) > 0, blended, mu)
+            centroid, tau = steps.momentum_centroids(mu, previous, known > 0, s.momentum)
             if update_state:
                 write_block(block, groups, centroid, centroids, seen)
 
             sample_share = groups.taken / (groups.present * counts.clamp(min=1))
-            slot, pull, pull_sum, (compactness, alignment) = step.class_pulls(
+            slot, pull, pull_sum, squares = step.class_pulls(
                 f, g, row, centroid, sample_share, settings, scheduled, norm, -1
             )
             winner = winners(step, block, mu, weight_c, *(bias_c or (None,)), weight, bias)
             weight_w, *bias_w = fetch(block, winner, (weight, *bias_of), wide)
-            mu_grad, boundary_grad, boundary_bias, winner, (margin, regularization) = step.finish(
+            mu_grad, boundary_grad, boundary_bias, winner, of_rows = step.finish(
                 mu, centroid, pull_sum, counts, tau, weight_c, *(bias_c or (None,)), weight_w, *(bias_w or (None,)),
                 winner, settings, scheduled, norm,
             )  # fmt: skip
-            variance = compactness if input_noise is None else (compactness + alignment) / 2
-            loss = s.alpha * variance + s.beta * margin + s.gamma * regularization
-            terms = torch.stack((variance, margin, regularization, compactness, alignment))
+            loss, terms = steps.total(s, squares, of_rows, 1 if input_noise is None else 2)
 
         tables, classes = torch.stack((centroid, mu_grad, boundary_grad)), torch.stack((groups.classes.int(), winner))
         ctx.save_for_backward(
@@ -143,15 +139,9 @@ def winners(
 @torch.no_grad()
 def write_block(block: Block, groups: Groups, centroid: Tensor, centroids: Tensor, seen: Tensor) -> None:
     """The state of this rank's classes in the batch, as reference.write_state has it."""
-    if not block.size or not len(centroid):
-        return
-    place, mine = block.local(groups.classes)
-    write = mine & groups.taken & centroid.isfinite().all(1)
-    first = write.int().argmax()  # other rows repeat it, so that no two write different values to one place
-    row = torch.where(write, torch.arange(len(write), device=write.device), first)
-    place, write = place[row], write[row]
-    centroids[place] = torch.where(write.unsqueeze(1), centroid[row], centroids[place])
-    seen[place] = seen[place] | write
+    if block.size:
+        place, mine = block.local(groups.classes)
+        reference.write_rows(place, mine & groups.taken, centroid, centroids, seen)
 
 
 def block_gradient(block: Block, classes: Tensor, per_row: Tensor) -> Tensor:

@@ -178,6 +178,22 @@ def discriminative_loss_backward(
     )
 
 
+def momentum_centroids(mu: Tensor, previous: Tensor, known: Tensor, momentum: Any) -> tuple[Tensor, Tensor]:
+    """m_c (R, D), and tau (R,) = dm_c/dmu_c, of rows whose state is ``previous`` (R, D) where it is ``known`` (R,)."""
+    tau = torch.where(known, 1 - momentum, mu.new_ones(mu.shape[0]))
+    blended = tau.unsqueeze(1) * mu + momentum * previous
+    return torch.where(known.unsqueeze(1), blended, mu), tau
+
+
+def total(s: Any, squares: Tensor, of_rows: Tensor, views: int) -> tuple[Tensor, Tensor]:
+    """The loss, and the terms (5,), from (compactness, alignment) and from finish's (margin, regularization)."""
+    (compactness, alignment), (margin, regularization) = squares, of_rows
+    variance = compactness if views == 1 else (compactness + alignment) / 2
+    loss = s.alpha * variance + s.beta * margin + s.gamma * regularization
+    terms = torch.stack((variance, margin, regularization, compactness, alignment))
+    return loss.to(terms.dtype), terms
+
+
 def as_settings(settings: Sequence[float], scheduled: Tensor | None) -> Any:
     """Settings of numbers, or of 0-d tensors where those come as a tensor."""
     return Settings(*(settings if scheduled is None else scheduled.unbind()))

@@ -10,7 +10,6 @@ namespace robustfast::cuda {
 template <class Wide>
 struct Loss : SettingsOf<Wide> {
   Matrix input, input_noise, target, weight, bias;
-  bool has_noise;
   int64_t n, dim, num_classes, rows;
   Wide* centroids;
   bool* seen;
@@ -29,7 +28,6 @@ struct Loss : SettingsOf<Wide> {
         target(p.target),
         weight(p.weight),
         bias(p.bias),
-        has_noise(p.has_noise),
         n(p.n),
         dim(p.dim),
         num_classes(p.num_classes),
@@ -53,7 +51,7 @@ struct Loss : SettingsOf<Wide> {
   RF_DEVICE void write_terms(int32_t present, Wide (&sum)[class_term::count]) const {
     RF_UNROLL
     for (int term = 0; term < class_term::count; ++term) sum[term] /= Wide(present > 0 ? present : 1);
-    robustfast::write_terms<Wide>(*this, has_noise, sum, loss, terms);
+    robustfast::write_terms<Wide>(*this, bool(input_noise), sum, loss, terms);
   }
 };
 

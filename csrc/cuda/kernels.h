@@ -14,8 +14,7 @@
 namespace robustfast::cuda {
 
 struct LossParams {
-  Matrix input, input_noise, target, weight, bias;  // bias may be null
-  bool has_noise;                                   // where D = 0 no matrix has data
+  Matrix input, input_noise, target, weight, bias;  // input_noise and bias may be null
   int64_t n, dim, num_classes;
   void* centroids;
   bool* seen;

@@ -129,7 +129,7 @@ cudaError_t discriminative_loss(const LossParams& p, void* scratch, cudaStream_t
     const cudaError_t error = cudaMemsetAsync(p.loss, 0, wide_size(p.input.dtype), stream);
     return error == cudaSuccess ? cudaMemsetAsync(p.terms, 0, num_terms * wide_size(p.input.dtype), stream) : error;
   }
-  if (!p.has_noise) {  // the noisy view's pulls: nobody reads them, but results are to be the same in every run
+  if (!p.input_noise) {  // the noisy view's pulls: nobody reads them, but results are to be the same in every run
     const size_t bytes = size_t(p.n) * wide_size(p.input.dtype);
     const cudaError_t error = cudaMemsetAsync(static_cast<unsigned char*>(p.pull) + bytes, 0, bytes, stream);
     if (error != cudaSuccess) return error;

@@ -111,14 +111,14 @@ RF_DEVICE void sample_variance(const Loss<Wide>& a, const Small<Wide>& s, int32_
   if (c == a.num_classes) return;
   const int32_t row = s.row_of_class[c];
   const Wide* centroid = s.centroid + row * a.dim;
-  for (int view = 0; view < (a.has_noise ? 2 : 1); ++view) {
+  for (int view = 0; view < (a.input_noise ? 2 : 1); ++view) {
     const T* x = (view == 0 ? a.input : a.input_noise).template row<T>(i);
     Wide length = 0;
     for (int32_t d = lane_id(); d < a.dim; d += 32) length += norm_term<norm>(Wide(to_float(x[d])) - centroid[d]);
     length = length_of<norm>(lanes_sum(length));
     const Wide excess = hinge(length - a.delta_var);
     if (lane_id() == 0) {
-      const Wide share = a.view_weight(a.has_noise) / (Wide(present) * Wide(s.count[row]));
+      const Wide share = a.view_weight(bool(a.input_noise)) / (Wide(present) * Wide(s.count[row]));
       a.pull[view * a.n + i] = s.pull[view * a.n + i] = pull<norm>(length, a.delta_var, share);
       s.square[view * a.n + i] = excess * excess;
     }
@@ -179,7 +179,7 @@ RF_DEVICE void finish_row(const Loss<Wide>& a, const Small<Wide>& s, int32_t pre
   for (int32_t j = lane_id(); j < s.count[row]; j += 32) {
     const int32_t i = s.order[s.begin[row] + j];
     square[0] += s.square[i];
-    if (a.has_noise) square[1] += s.square[a.n + i];
+    if (a.input_noise) square[1] += s.square[a.n + i];
   }
   square[0] = lanes_sum(square[0]), square[1] = lanes_sum(square[1]);
   if (lane_id() != 0) return;
@@ -202,7 +202,7 @@ RF_DEVICE void row_gradients(const Loss<Wide>& a, const Small<Wide>& s, int32_t 
     for (int32_t j = 0; j < s.count[row]; ++j) {
       const int32_t i = samples[j];
       sum -= s.pull[i] * direction<norm>(Wide(to_float(a.input.template row<T>(i)[d])) - centroid);
-      if (!a.has_noise) continue;
+      if (!a.input_noise) continue;
       sum -= s.pull[a.n + i] * direction<norm>(Wide(to_float(a.input_noise.template row<T>(i)[d])) - centroid);
     }
     sum *= s.tau[row];

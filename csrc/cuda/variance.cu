@@ -36,7 +36,7 @@ struct Views {
       const Matrix& features = view == 0 ? a.input : a.input_noise;
       RF_UNROLL
       for (int b = 0; b < variance_batch; ++b) {
-        const bool there = batch.sample[b] >= 0 && (view == 0 || a.has_noise);
+        const bool there = batch.sample[b] >= 0 && (view == 0 || a.input_noise);
         const T* row = there ? features.row<T>(batch.sample[b]) : nullptr;
         value[view][b] = load_pack<count>(row, column, there ? a.dim : 0);
       }
@@ -92,7 +92,7 @@ RF_DEVICE void settle_pulls(const Loss<Wide>& a, const Batch& batch, const Teams
     if (e == own) mine = value[e], i = batch.sample[e % variance_batch];
   }
   const Wide length = length_of<norm>(mine), excess = hinge(length - a.delta_var);
-  const bool there = i >= 0 && (view == 0 || a.has_noise);
+  const bool there = i >= 0 && (view == 0 || a.input_noise);
   mine = there ? pull<norm>(length, a.delta_var, share) : Wide(0);
   if (there && teams.rank() < all) {
     a.pull[view * a.n + i] = mine;
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(variance_threads, single || count < 8 ? 2 : 1)
   if (index < 0) return;
   const Chunk chunk(w.groups, index);
   const int64_t row = sample_share ? a.classes[chunk.row] : chunk.row;
-  const Wide view_weight = a.view_weight(a.has_noise), of_square = sample_share ? sample_share[row] : Wide(1);
+  const Wide view_weight = a.view_weight(bool(a.input_noise)), of_square = sample_share ? sample_share[row] : Wide(1);
   const Wide share =
       sample_share ? view_weight * of_square : view_weight / (Wide(w.groups.totals->present) * Wide(chunk.count()));
   Wide *const pull_sum = a.mu_grad + row * a.dim, squares[2] = {0, 0};

@@ -31,7 +31,7 @@ LossResults::Tuple discriminative_loss(const Tensor& input, const std::optional<
   const Groups groups = group(sizes.n, sizes.num_classes, rows, slot, classes);
   const int64_t present = groups.rows();
   std::fill(classes + rows, classes + 2 * rows, -1);
-  const auto run_with = [&]<class Wide>(Wide) {
+  for_wide(wide_dtype(input), [&]<class Wide>(Wide) {
     Wide *const centroid = data<Wide>(results.tables), *const mu_grad = centroid + rows * dim;
     Wide *const boundary_grad = mu_grad + rows * dim, *const boundary_bias = data<Wide>(results.boundary_bias);
     // What no sample and no class writes is 0, so that results are the same from run to run down to the last byte.
@@ -92,8 +92,7 @@ LossResults::Tuple discriminative_loss(const Tensor& input, const std::optional<
                   boundaries.winner);
     finish(boundaries, mean);
     write_terms(s, bool(input_noise), mean, data<Wide>(results.loss), data<Wide>(results.terms));
-  };
-  wide_dtype(input) == ScalarType::Double ? run_with(double()) : run_with(float());
+  });
   return results.tuple();
 }
 
@@ -113,7 +112,7 @@ LossGradients::Tuple discriminative_loss_backward(const Tensor& grad_loss, const
 
   const int64_t rows = classes.size(1);
   const Groups groups = group_by_slot(data<int32_t>(slot), sizes.n, rows);
-  const auto run_with = [&]<class Wide>(Wide) {
+  for_wide(wide_dtype(input), [&]<class Wide>(Wide) {
     const Wide* const table = data<Wide>(tables);
     const LossBackward<Wide> loss = {
         .grad_loss = *data<Wide>(grad_loss),
@@ -139,8 +138,7 @@ LossGradients::Tuple discriminative_loss_backward(const Tensor& grad_loss, const
     if (wanted[2] || wanted[3]) {
       margin_backward(loss, gradients.at(2, gradients.weight), gradients.at(3, gradients.bias));
     }
-  };
-  wide_dtype(input) == ScalarType::Double ? run_with(double()) : run_with(float());
+  });
   return gradients.tuple();
 }
 

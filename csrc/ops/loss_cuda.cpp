@@ -22,7 +22,6 @@ LossResults::Tuple discriminative_loss(const Tensor& input, const std::optional<
       .target = matrix(target),
       .weight = matrix(w),
       .bias = matrix(bias),
-      .has_noise = input_noise.has_value(),
       .n = sizes.n,
       .dim = sizes.dim,
       .num_classes = sizes.num_classes,

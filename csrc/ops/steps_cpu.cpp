@@ -5,12 +5,6 @@
 namespace robustfast {
 namespace {
 
-// function(Wide()) for tensors of that dtype.
-template <class Function>
-void for_wide(ScalarType wide, const Function& function) {
-  wide == ScalarType::Double ? function(double()) : function(float());
-}
-
 Groups group_by_label(const Tensor& target, int64_t rows, int64_t ignore_index, int32_t* slot) {
   slots_of_labels(matrix(target), target.size(0), rows, ignore_index, slot);
   return group_by_slot(slot, target.size(0), rows);

@@ -34,7 +34,6 @@ PullResults::Tuple class_pulls(const Tensor& input, const std::optional<Tensor>&
       .input = matrix(f),
       .input_noise = matrix(g),
       .target = matrix(target),
-      .has_noise = input_noise.has_value(),
       .n = input.size(0),
       .dim = input.size(1),
       .num_classes = centroid.size(0),

@@ -46,6 +46,12 @@ inline ScalarType wide_dtype(const Tensor& features) {
   return features.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// function(Wide()) for tensors of that dtype.
+template <class Function>
+void for_wide(ScalarType wide, const Function& function) {
+  wide == ScalarType::Double ? function(double()) : function(float());
+}
+
 // An uninitialised contiguous tensor on the device of `like`. Not torch::stable::empty, which goes through the
 // dispatcher: at the paper's batch size an op's time is the sum of such calls.
 inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type, const Tensor& like) {

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import torch
-import torch.distributed as dist
 import typer
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from robustfast import disk
+from robustfast import disk, ranks
 from robustfast.commands import runs
 from robustfast.evaluation.evaluated import Evaluated
 from robustfast.evaluation.intervals import Paired, paired
@@ -25,6 +22,7 @@ from robustfast.evaluation.suites import SUITES
 from robustfast.evaluation.summary import right_share
 
 console = Console()
+WAIT = 1800.0  # seconds: a rank that is done waits for the others' whole share
 
 
 def evaluate(
@@ -63,7 +61,7 @@ def evaluate(
         raise ValueError("expected folders of runs, or --model")
     if page is not None:
         disk.make_folder(page.parent)
-    with _ranks():
+    with ranks.joined(WAIT):
         if model:
             if data is None:
                 raise ValueError("--data: expected with --model")
@@ -83,7 +81,7 @@ def evaluate(
             except KeyboardInterrupt:
                 console.print("Interrupted. To go on: the same command again" + ", without --overwrite" * overwrite)
                 raise typer.Exit(130) from None
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        if ranks.rank() == 0:
             target = page or places[0] / "report.html"
             runs.write_page(target, models, subjects[0].source, f"{subjects[0].source}: what the models withstand")
             console.print(accuracy_table(models))
@@ -156,23 +154,8 @@ def accuracy_table(models: list[Evaluated]) -> Table:
 
 
 @contextmanager
-def _ranks() -> Iterator[None]:
-    """The process group of torchrun, where this is one of its ranks."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
-        yield
-        return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("gloo")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-@contextmanager
 def _progress(name: str) -> Iterator[Callable[[int, int], None] | None]:
-    if not console.is_terminal or int(os.environ.get("RANK", "0")):
+    if not console.is_terminal or ranks.rank() > 0:
         yield None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 import robustfast
-from robustfast import disk
+from robustfast import disk, ranks
 from robustfast.evaluation import report, stream, table
 from robustfast.evaluation.evaluated import Evaluated
 from robustfast.evaluation.folders import ImageFolder
@@ -149,7 +148,7 @@ def evaluate(
         options.suite, source.image, sigma=subject.sigma, sigmas=subject.sigmas, pixel_std=std, features=features
     )
     disk.make_folder(out)
-    if options.overwrite and _rank() == 0:
+    if options.overwrite and ranks.rank() == 0:
         for name in (stream.TABLE, RESULTS):
             (out / name).unlink(missing_ok=True)
         shutil.rmtree(out / stream.PARTS, ignore_errors=True)
@@ -173,7 +172,7 @@ def evaluate(
     )
     fc: Any = subject.model.fc if features else None
     summary = summarise(columns, about, (fc.weight, fc.bias) if features else None)
-    if _rank() == 0 and not (out / RESULTS).exists():
+    if ranks.rank() == 0 and not (out / RESULTS).exists():
         content = {
             "format": stream.FORMAT, "name": subject.name, "group": subject.group, "seed": subject.seed,
             "classes": list(source.classes), "about": about, "summary": summary, "environment": environment(),
@@ -262,7 +261,7 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
-        "ranks": dist.get_world_size() if dist.is_initialized() else 1,
+        "ranks": ranks.count(),
         "commit": _commit(),
     }
 
@@ -306,7 +305,3 @@ def open_source(source: str, size: int) -> Source:
         return pixels.numpy() / (255 if pixels.dtype == torch.uint8 else 1)
 
     return Source(len(test.labels), test.image, classes, batches, picture)
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from robustfast import disk
+from robustfast import disk, ranks
 from robustfast.evaluation import table
 from robustfast.evaluation.measurements import Batch, Measurement, settings
 from robustfast.evaluation.models import checked_images, checked_labels, evaluating, logits_of
@@ -73,14 +73,14 @@ def measure(
             **(about or {}),
         }
     )
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = ranks.rank(), ranks.count()
     if not _finished(out, about):
         done = _begin(out, about, rank)
         writer = _Writer(out / PARTS)
         count = 0
         try:
             for number, block in enumerate(blocks(batches, batch_size)):
-                if number % ranks == rank:
+                if number % world == rank:
                     fresh = torch.tensor([int(id_) not in done for id_ in block[2]], dtype=torch.bool)
                     if fresh.any():
                         writer.add(_rows(model, block, fresh, measurements, seed, batch_size, torch.device(device)))
@@ -216,5 +216,5 @@ def _finish(out: Path, about: dict[str, Any]) -> None:
 
 
 def _barrier() -> None:
-    if dist.is_initialized():
+    if ranks.count() > 1:
         dist.barrier()
