@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from robustfast.evaluation.models import Model, checked_images, checked_labels, evaluating, logits_of, positive
+from robustfast.evaluation.models import Model, checked, evaluating, in_batches, logits_of, positive
 from robustfast.evaluation.perturbations import Key
 from robustfast.extras import needed
 from robustfast.functional import gaussian_noise, uniform_noise
@@ -89,22 +89,19 @@ def attack(
     Raises:
         TypeError, ValueError: an argument or what the model returns is not as described.
     """
-    ids = checked_images(images, sample_ids)
-    checked_labels(labels, images)
     checked_ball(norm, epsilon)
     if method not in ASCENTS:
         raise ValueError(f"method: expected one of {', '.join(ASCENTS)}, got {method!r}")
-    for name, value in (("steps", steps), ("restarts", restarts), ("batch_size", batch_size)):
-        positive(name, value)
-    result = torch.empty_like(images)
-    with evaluating(model):
-        for x, y, part, place in zip(*(each.split(batch_size) for each in (images, labels, ids, result)), strict=True):
-            ball = Ball(norm, float(epsilon), x.detach())
-            best = Best(ball.center, *judged(model, ball.center, y))
-            for restart in range(restarts):
-                ASCENTS[method](model, y, ball, ball.start(seed, part, restart), steps, best)
-            place.copy_(best.images)
-    return result
+    positive(steps=steps, restarts=restarts)
+
+    def attacked(images: Tensor, labels: Tensor, ids: Tensor) -> tuple[Tensor]:
+        ball = Ball(norm, float(epsilon), images.detach())
+        best = Best(ball.center, *judged(model, ball.center, labels))
+        for restart in range(restarts):
+            ASCENTS[method](model, labels, ball, ball.start(seed, ids, restart), steps, best)
+        return (best.images,)
+
+    return in_batches(attacked, model, images, labels, sample_ids, batch_size)[0]
 
 
 def checked_ball(norm: str, epsilon: float) -> None:
@@ -204,16 +201,13 @@ def random_search(
     A small relative of the Square attack (Andriushchenko et al. 2020): the squares' side shrinks from half of the
     image's to one pixel. Arguments, result and errors as in :func:`attack`; ``queries`` calls of the model an image.
     """
-    ids = checked_images(images, sample_ids)
-    checked_labels(labels, images)
     checked_ball(norm, epsilon)
-    positive("queries", queries)
-    positive("batch_size", batch_size)
-    result = torch.empty_like(images)
-    with evaluating(model):
-        for x, y, part, place in zip(*(each.split(batch_size) for each in (images, labels, ids, result)), strict=True):
-            place.copy_(_searched(model, x, y, part, Ball(norm, float(epsilon), x), queries, seed))
-    return result
+    positive(queries=queries)
+
+    def searched(images: Tensor, labels: Tensor, ids: Tensor) -> tuple[Tensor]:
+        return (_searched(model, images, labels, ids, Ball(norm, float(epsilon), images), queries, seed),)
+
+    return in_batches(searched, model, images, labels, sample_ids, batch_size)[0]
 
 
 def _searched(model, images, labels, ids, ball, queries, seed) -> Tensor:
@@ -262,8 +256,7 @@ def autoattack(
     """
     with needed("attack"):
         from pyautoattack import AutoAttack
-    checked_images(images)
-    checked_labels(labels, images)
+    checked(images, labels, None)
     checked_ball(norm, epsilon)
     if version not in ("standard", "plus", "rand"):
         raise ValueError(f"version: expected standard, plus or rand, got {version!r}")

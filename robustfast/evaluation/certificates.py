@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from robustfast.evaluation.draws import noise_of, noisy_logits
 from robustfast.evaluation.intervals import binomial_bound
-from robustfast.evaluation.models import Model, checked_images, evaluating, positive
+from robustfast.evaluation.models import Model, above_zero, checked_images, evaluating, positive
 
 
 class Certificate(NamedTuple):
@@ -55,10 +54,8 @@ def certify(
         TypeError, ValueError: an argument or what the model returns is not as described.
     """
     ids = checked_images(images, sample_ids)
-    for name, value in (("n0", n0), ("n", n), ("batch_size", batch_size)):
-        positive(name, value)
-    if not (isinstance(sigma, (int, float)) and 0 < sigma < math.inf):
-        raise ValueError(f"sigma: expected a finite number above 0, got {sigma!r}")
+    positive(n0=n0, n=n, batch_size=batch_size)
+    above_zero(sigma=sigma)
     if not 0 < alpha < 1:
         raise ValueError(f"alpha: expected 0 < alpha < 1, got {alpha!r}")
     noisy = noise_of("gaussian", float(sigma), seed, None)

@@ -70,7 +70,7 @@ def calibration(logits: Tensor, labels: Tensor, *, bins: int = 15) -> Calibratio
 
 def calibration_of(confidence: Tensor, right: Tensor, nll: Tensor, brier: Tensor, *, bins: int = 15) -> Calibration:
     """:func:`calibration` from the scores of each image."""
-    positive("bins", bins)
+    positive(bins=bins)
     if not len(confidence):
         return Calibration(*[float("nan")] * 5)
     confidence, right = confidence.double(), right.double()

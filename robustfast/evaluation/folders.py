@@ -39,7 +39,7 @@ class ImageFolder:
     """
 
     def __init__(self, path: Path, size: int, resize: int | None = None, classes: Sequence[str] | None = None) -> None:
-        positive("size", size)
+        positive(size=size)
         self.path, self.size, self.resize = path, size, resize or round(size * 8 / 7)
         if self.resize < size:
             raise ValueError(f"resize: expected at least size ({size}), got {resize}")

@@ -9,7 +9,7 @@ curvature of the loss smoothed by noise (:func:`smoothed_trace`) counts them at 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from robustfast.evaluation.models import Model, checked_images, checked_labels, evaluating, logits_of, positive
+from robustfast.evaluation.models import Model, above_zero, in_batches, logits_of, positive
 from robustfast.functional import gaussian_noise, uniform_noise
 from robustfast.noise import check_channels
 
@@ -62,9 +62,8 @@ def curvature(
     Raises:
         TypeError, ValueError: an argument or what the model returns is not as described.
     """
-    if not (isinstance(step, (int, float)) and 0 < step < math.inf):
-        raise ValueError(f"step: expected a finite number above 0, got {step!r}")
-    positive("draws", draws)
+    above_zero(step=step)
+    positive(draws=draws)
 
     def measure(images: Tensor, labels: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
         scale = _pixel_scale(pixel_std, images)
@@ -75,7 +74,7 @@ def curvature(
             total += (((_gradient(model, moved, labels) - center) * scale).double() / step).square().sum((1, 2, 3))
         return (total / draws,)
 
-    return _batched(measure, model, images, labels, sample_ids, batch_size)[0]
+    return in_batches(measure, model, images, labels, sample_ids, batch_size)[0]
 
 
 def input_hessian_spectrum(model: Model, images: Tensor, labels: Tensor, *, batch_size: int = 64) -> Tensor:
@@ -98,7 +97,7 @@ def input_hessian_spectrum(model: Model, images: Tensor, labels: Tensor, *, batc
         b = torch.diag_embed(p.sqrt()) - p.unsqueeze(2) * p.sqrt().unsqueeze(1)
         return (torch.linalg.eigvalsh(b.mT @ gram @ b).flip(1).clamp(min=0),)
 
-    return _batched(measure, model, images, labels, None, batch_size)[0]
+    return in_batches(measure, model, images, labels, None, batch_size)[0]
 
 
 def jacobian_gram(function: Callable[[Tensor], Tensor], images: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,7 +148,7 @@ def top_eigenvalues(
             kept orthogonal to all before it. Within ``residuals`` of each value there is an eigenvalue of H.
         Otherwise as in :func:`curvature`; the first vector is draw 0 of the noise.
     """
-    positive("top", top)
+    positive(top=top)
     pixels = math.prod(images.shape[1:])
     steps = min(steps, pixels)
     if steps < top:
@@ -173,7 +172,7 @@ def top_eigenvalues(
         residuals = (b[:, -1:] * vectors[:, -1]).abs()
         return values.flip(1)[:, :top], residuals.flip(1)[:, :top]
 
-    return Eigenvalues(*_batched(measure, model, images, labels, sample_ids, batch_size))
+    return Eigenvalues(*in_batches(measure, model, images, labels, sample_ids, batch_size))
 
 
 def hessian_trace(
@@ -190,14 +189,14 @@ def hessian_trace(
 
     Arguments as in :func:`curvature`, in units of the images.
     """
-    positive("draws", draws)
+    positive(draws=draws)
 
     def measure(images: Tensor, labels: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
         product = _hessian_products(model, images, labels)
         signs = (_signs(images, seed, ids, draw) for draw in range(draws))
         return _mean_and_error(((v * product(v)).sum(1) for v in signs), draws)
 
-    return Estimate(*_batched(measure, model, images, labels, sample_ids, batch_size))
+    return Estimate(*in_batches(measure, model, images, labels, sample_ids, batch_size))
 
 
 def smoothed_trace(
@@ -220,9 +219,8 @@ def smoothed_trace(
         sigma: > 0, in units of the images, which are not clipped.
         Otherwise as in :func:`curvature`.
     """
-    positive("draws", draws)
-    if not (isinstance(sigma, (int, float)) and 0 < sigma < math.inf):
-        raise ValueError(f"sigma: expected a finite number above 0, got {sigma!r}")
+    positive(draws=draws)
+    above_zero(sigma=sigma)
 
     def measure(images: Tensor, labels: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
         def one(draw: int) -> Tensor:
@@ -232,7 +230,7 @@ def smoothed_trace(
 
         return _mean_and_error((one(draw) for draw in range(draws)), draws)
 
-    return Estimate(*_batched(measure, model, images, labels, sample_ids, batch_size))
+    return Estimate(*in_batches(measure, model, images, labels, sample_ids, batch_size))
 
 
 class Theory(NamedTuple):
@@ -270,7 +268,7 @@ def theory(
         sigma, draws: of the noise, unclipped, in units of the images.
         Otherwise as in :func:`curvature`.
     """
-    positive("draws", draws)
+    positive(draws=draws)
 
     def measure(images: Tensor, labels: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
         features, gram = jacobian_gram(model.features, images)
@@ -286,18 +284,7 @@ def theory(
         bound = torch.linalg.matrix_norm(weight, 2).square() / 2
         return displacement, sigma**2 * trace_f, spectrum[:, -1], bound * top_f, spectrum.sum(1), bound * trace_f
 
-    return Theory(*_batched(measure, model, images, labels, sample_ids, batch_size))
-
-
-def _batched(measure, model, images, labels, sample_ids, batch_size) -> tuple[Tensor, ...]:
-    """``measure(images, labels, ids)`` of each batch, joined; of no images too, whose results have the right shapes."""
-    ids = checked_images(images, sample_ids)
-    checked_labels(labels, images)
-    positive("batch_size", batch_size)
-    parts: Iterator[tuple[Tensor, ...]] = zip(*(part.split(batch_size) for part in (images, labels, ids)), strict=True)
-    with evaluating(model):
-        results = [measure(*part) for part in parts]
-    return tuple(torch.cat(column) for column in zip(*results, strict=True))
+    return Theory(*in_batches(measure, model, images, labels, sample_ids, batch_size))
 
 
 def _loss(model: Model, x: Tensor, labels: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -110,31 +111,30 @@ class Curvature:
 
 
 @dataclass(frozen=True)
-class Smoothed:
+class UnderNoise:
+    """Columns of a function of the Hessian's module that averages over draws of noise of scale sigma."""
+
+    name: str
+    sigma: float
+    draws: int = 20
+
+    function: ClassVar[Callable[..., Any]]
+
+    def __call__(self, model: Any, batch: Batch) -> dict[str, Tensor]:
+        found = self.function(model, batch.images, batch.labels, sigma=self.sigma, draws=self.draws, **batch.keys)
+        return columns(self.name, found._asdict())
+
+
+class Smoothed(UnderNoise):
     """The trace of the Hessian of the loss smoothed at scale sigma, with its standard error."""
 
-    name: str
-    sigma: float
-    draws: int = 20
-
-    def __call__(self, model: Any, batch: Batch) -> dict[str, Tensor]:
-        found = hessian.smoothed_trace(
-            model, batch.images, batch.labels, sigma=self.sigma, draws=self.draws, **batch.keys
-        )
-        return columns(self.name, found._asdict())
+    function = staticmethod(hessian.smoothed_trace)
 
 
-@dataclass(frozen=True)
-class Bounds:
+class Bounds(UnderNoise):
     """Features' displacement and the curvature's bounds."""
 
-    name: str
-    sigma: float
-    draws: int = 20
-
-    def __call__(self, model: Any, batch: Batch) -> dict[str, Tensor]:
-        found = hessian.theory(model, batch.images, batch.labels, sigma=self.sigma, draws=self.draws, **batch.keys)
-        return columns(self.name, found._asdict())
+    function = staticmethod(hessian.theory)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -116,7 +117,39 @@ def checked_labels(labels: Tensor, images: Tensor) -> None:
         raise ValueError(f"labels: expected classes from 0, got {int(labels.min())}")
 
 
-def positive(name: str, value: int) -> None:
+def checked(images: Tensor, labels: Tensor, sample_ids: Tensor | None, **counts: int) -> Tensor:
+    """The ids (N,) of images with labels, after a check of all three and of counts such as draws, each at least 1."""
+    ids = checked_images(images, sample_ids)
+    checked_labels(labels, images)
+    positive(**counts)
+    return ids
+
+
+def positive(**counts: int) -> None:
     """ValueError where a count is not an int of at least 1."""
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
+    for name, value in counts.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
+
+
+def above_zero(**numbers: float) -> None:
+    """ValueError where a number is not finite and above 0."""
+    for name, value in numbers.items():
+        if not (isinstance(value, (int, float)) and 0 < value < math.inf):
+            raise ValueError(f"{name}: expected a finite number above 0, got {value!r}")
+
+
+def in_batches(
+    measure: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]],
+    model: Model,
+    images: Tensor,
+    labels: Tensor,
+    sample_ids: Tensor | None,
+    batch_size: int,
+) -> tuple[Tensor, ...]:
+    """``measure(images, labels, ids)`` of each batch, joined; of no images too, whose results have the right shapes."""
+    ids = checked(images, labels, sample_ids, batch_size=batch_size)
+    parts = zip(*(part.split(batch_size) for part in (images, labels, ids)), strict=True)
+    with evaluating(model):
+        results = [measure(*part) for part in parts]
+    return tuple(torch.cat(column) for column in zip(*results, strict=True))

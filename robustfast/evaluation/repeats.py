@@ -11,7 +11,7 @@ from torch import Tensor
 
 from robustfast.evaluation.draws import noise_of, noisy_logits
 from robustfast.evaluation.intervals import binomial_interval
-from robustfast.evaluation.models import Model, checked_images, checked_labels, evaluating, positive
+from robustfast.evaluation.models import Model, checked, evaluating
 
 
 def survival(
@@ -42,10 +42,7 @@ def survival(
     Raises:
         TypeError, ValueError: an argument or what the model returns is not as described.
     """
-    ids = checked_images(images, sample_ids)
-    checked_labels(labels, images)
-    positive("draws", draws)
-    positive("batch_size", batch_size)
+    ids = checked(images, labels, sample_ids, draws=draws, batch_size=batch_size)
     noisy = noise_of(noise, scale, seed, (0.0, 1.0))
     right = torch.zeros(len(images), dtype=torch.int64, device=images.device)
     with evaluating(model):
@@ -154,12 +151,9 @@ def decide_survival(
     for name, value in (("share", share), ("error", error)):
         if not 0 < value < 1:
             raise ValueError(f"{name}: expected a number between 0 and 1, got {value!r}")
-    positive("first", first)
+    ids = checked(images, labels, sample_ids, first=first, batch_size=batch_size)
     if most < first:
         raise ValueError(f"most: expected at least first ({first}), got {most!r}")
-    ids = checked_images(images, sample_ids)
-    checked_labels(labels, images)
-    positive("batch_size", batch_size)
     looks = [0, first]
     while looks[-1] * 2 <= most:
         looks.append(looks[-1] * 2)
