@@ -211,8 +211,8 @@ def _noise(distribution, name, input, scale, seed, sample_ids, draw, clip, gener
         check_out("out", out, input, input.dtype, noise)
     chosen = resolve(backend, input.device.type, f"{distribution}_noise")
     if chosen == "reference":
-        function = getattr(reference, f"{distribution}_noise")
-        result = function(input, noise.scale if noise.scales is None else noise.scales, **noise.keywords())
+        scale = noise.scale if noise.scales is None else noise.scales
+        result = reference.add_noise(input, distribution, scale, **noise.keywords())
         return result if out is None else out.copy_(result)
     check_no_gradient(name, noise, chosen)
     code = DISTRIBUTIONS.index(distribution)

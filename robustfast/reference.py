@@ -374,30 +374,7 @@ def uniforms(words: Tensor) -> Tensor:
     return ((words >> 8) - 2**23 + 0.5).float() * 2.0**-23
 
 
-def gaussian_noise(
-    input: Tensor,
-    std: float | Tensor,
-    *,
-    seed: Tensor,
-    sample_ids: Tensor | None = None,
-    draw: int | Tensor = 0,
-    clip: tuple[float, float] | None = (0.0, 1.0),
-) -> Tensor:
-    """See :func:`robustfast.functional.gaussian_noise`."""
-    return add_noise(input, std, normals, seed, sample_ids, draw, clip)
-
-
-def uniform_noise(
-    input: Tensor,
-    epsilon: float | Tensor,
-    *,
-    seed: Tensor,
-    sample_ids: Tensor | None = None,
-    draw: int | Tensor = 0,
-    clip: tuple[float, float] | None = (0.0, 1.0),
-) -> Tensor:
-    """See :func:`robustfast.functional.uniform_noise`."""
-    return add_noise(input, epsilon, uniforms, seed, sample_ids, draw, clip)
+NUMBERS = {"gaussian": normals, "uniform": uniforms}  # a distribution's, of the words of the noise
 
 
 def noisy_pair(
@@ -415,18 +392,28 @@ def noisy_pair(
     """See :func:`robustfast.functional.noisy_pair`."""
     wide = torch.promote_types(dtype, torch.float32)
     clean = images.to(wide) if images.is_floating_point() else images.to(wide) / 255
-    noisy = gaussian_noise(clean, std, seed=seed, sample_ids=sample_ids, draw=draw, clip=clip)
+    noisy = add_noise(clean, "gaussian", std, seed=seed, sample_ids=sample_ids, draw=draw, clip=clip)
     mean, pixel_std = (channel.to(wide).view(-1, 1, 1) for channel in (mean, pixel_std))
     clean, noisy = (((view - mean) / pixel_std).to(dtype) for view in (clean, noisy))
     return clean, noisy
 
 
-def add_noise(input, scale, distribution, seed, sample_ids, draw, clip) -> Tensor:
-    """clip(input + scale * distribution(words))."""
+def add_noise(
+    input: Tensor,
+    distribution: str,
+    scale: float | Tensor,
+    *,
+    seed: Tensor,
+    sample_ids: Tensor | None = None,
+    draw: int | Tensor = 0,
+    clip: tuple[float, float] | None = (0.0, 1.0),
+) -> Tensor:
+    """clip(input + scale * numbers of the distribution); see :mod:`robustfast.functional` for the arguments."""
     if sample_ids is None:
         sample_ids = torch.arange(input.shape[0], device=input.device)
     size = math.prod(input.shape[1:])
-    noise = distribution(philox_words(seed, sample_ids, draw, -(-size // 4))).flatten(1)[:, :size].view(input.shape)
+    words = philox_words(seed, sample_ids, draw, -(-size // 4))
+    noise = NUMBERS[distribution](words).flatten(1)[:, :size].view(input.shape)
     if isinstance(scale, Tensor):
         scale = per_sample(scale.float(), noise)
     noisy = input.to(torch.promote_types(input.dtype, torch.float32)) + scale * noise
