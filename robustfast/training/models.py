@@ -51,31 +51,20 @@ class Classifier(nn.Module):
 
 def small(channels: int, inter_dim: int, num_classes: int) -> Classifier:
     """Two 3x3 convolutions and pooling to 4x4, for small images of any size."""
-    backbone = nn.Sequential(
-        nn.Conv2d(channels, 32, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(32, 64, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.AdaptiveAvgPool2d(4),
-        nn.Flatten(),
-    )
-    return Classifier(backbone, 64 * 4 * 4, inter_dim, num_classes)
+    layers = [nn.Conv2d(channels, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, padding=1), nn.ReLU()]
+    return _pooled(layers, 64, 4, inter_dim, num_classes)
 
 
 def lenet(channels: int, inter_dim: int, num_classes: int) -> Classifier:
     """LeNet-5's convolutions (LeCun et al. 1998) with ReLU and max pooling, for 28x28 images; others pool to 5x5."""
-    backbone = nn.Sequential(
-        nn.Conv2d(channels, 6, 5, padding=2),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(6, 16, 5),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.AdaptiveAvgPool2d(5),
-        nn.Flatten(),
-    )
-    return Classifier(backbone, 16 * 5 * 5, inter_dim, num_classes)
+    layers = [nn.Conv2d(channels, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU()]
+    return _pooled(layers, 16, 5, inter_dim, num_classes)
+
+
+def _pooled(layers: Sequence[nn.Module], channels: int, side: int, inter_dim: int, num_classes: int) -> Classifier:
+    """The classifier of what ``layers`` give, of so many channels, by max pooling and then to side x side."""
+    backbone = nn.Sequential(*layers, nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(side), nn.Flatten())
+    return Classifier(backbone, channels * side * side, inter_dim, num_classes)
 
 
 def resnet18(channels: int, inter_dim: int, num_classes: int) -> Classifier:
