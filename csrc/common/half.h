@@ -28,22 +28,6 @@ RF_INLINE float to_float(float x) { return x; }
 RF_INLINE double to_float(double x) { return x; }
 RF_INLINE float to_float(bfloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
 
-RF_INLINE float to_float(float16 x) {
-#if defined(__CUDA_ARCH__)
-  float value;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(x.bits));
-  return value;
-#else
-  const uint32_t magnitude = x.bits & 0x7fff;
-  // Moves the exponent's bias from 15 to 127, and that of inf and nan to the top.
-  const uint32_t normal = (magnitude << 13) + (magnitude < 0x7c00 ? 0x38000000u : 0x70000000u);
-  // Subnormals count units of 2^-24, the last place of a float at 0.5. No float here is subnormal: none is flushed.
-  const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(0x3f000000 + magnitude) - 0.5f);
-  const uint32_t bits = magnitude < 0x0400 ? subnormal : normal;
-  return bit_cast<float>(bits | uint32_t(x.bits & 0x8000) << 16);
-#endif
-}
-
 template <class T>
 RF_INLINE T from_float(float x) {
   return T(x);
@@ -54,27 +38,50 @@ RF_INLINE T from_float(double x) {
   return from_float<T>(float(x));
 }
 
+#if defined(__CUDA_ARCH__)
+
+RF_INLINE float to_float(float16 x) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(x.bits));
+  return value;
+}
+
 template <>
 RF_INLINE bfloat16 from_float<bfloat16>(float x) {
-#if defined(__CUDA_ARCH__)
   bfloat16 value;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(value.bits) : "f"(x));
   return value;
-#else
-  const uint32_t bits = bit_cast<uint32_t>(x);
-  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  const uint32_t quiet = bits >> 16 | 0x40;
-  return {uint16_t((bits & 0x7fffffff) > 0x7f800000 ? quiet : rounded)};
-#endif
 }
 
 template <>
 RF_INLINE float16 from_float<float16>(float x) {
-#if defined(__CUDA_ARCH__)
   float16 value;
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(value.bits) : "f"(x));
   return value;
+}
+
 #else
+
+RF_INLINE float to_float(float16 x) {
+  const uint32_t magnitude = x.bits & 0x7fff;
+  // Moves the exponent's bias from 15 to 127, and that of inf and nan to the top.
+  const uint32_t normal = (magnitude << 13) + (magnitude < 0x7c00 ? 0x38000000u : 0x70000000u);
+  // Subnormals count units of 2^-24, the last place of a float at 0.5. No float here is subnormal: none is flushed.
+  const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(0x3f000000 + magnitude) - 0.5f);
+  const uint32_t bits = magnitude < 0x0400 ? subnormal : normal;
+  return bit_cast<float>(bits | uint32_t(x.bits & 0x8000) << 16);
+}
+
+template <>
+RF_INLINE bfloat16 from_float<bfloat16>(float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const uint32_t quiet = bits >> 16 | 0x40;
+  return {uint16_t((bits & 0x7fffffff) > 0x7f800000 ? quiet : rounded)};
+}
+
+template <>
+RF_INLINE float16 from_float<float16>(float x) {
   const uint32_t sign = bit_cast<uint32_t>(x) >> 16 & 0x8000;
   const uint32_t bits = bit_cast<uint32_t>(x) & 0x7fffffff;
   const uint32_t normal = (bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13;
@@ -83,7 +90,8 @@ RF_INLINE float16 from_float<float16>(float x) {
   const uint32_t finite = bits < 0x38800000 ? subnormal : normal;
   const uint32_t overflow = bits > 0x7f800000 ? 0x7e00 : 0x7c00;
   return {uint16_t(sign | (bits >= 0x477ff000 ? overflow : finite))};
-#endif
 }
+
+#endif
 
 }  // namespace robustfast

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "common/matrix.h"
@@ -15,29 +16,15 @@ namespace robustfast {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+inline constexpr std::pair<ScalarType, Dtype> dtypes[] = {
+    {ScalarType::Float, Dtype::float32}, {ScalarType::Double, Dtype::float64}, {ScalarType::BFloat16, Dtype::bfloat16},
+    {ScalarType::Half, Dtype::float16},  {ScalarType::Byte, Dtype::uint8},     {ScalarType::Char, Dtype::int8},
+    {ScalarType::Short, Dtype::int16},   {ScalarType::Int, Dtype::int32},      {ScalarType::Long, Dtype::int64}};
+
 inline Dtype dtype_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float:
-      return Dtype::float32;
-    case ScalarType::Double:
-      return Dtype::float64;
-    case ScalarType::BFloat16:
-      return Dtype::bfloat16;
-    case ScalarType::Half:
-      return Dtype::float16;
-    case ScalarType::Byte:
-      return Dtype::uint8;
-    case ScalarType::Char:
-      return Dtype::int8;
-    case ScalarType::Short:
-      return Dtype::int16;
-    case ScalarType::Int:
-      return Dtype::int32;
-    case ScalarType::Long:
-      return Dtype::int64;
-    default:
-      throw std::invalid_argument("robustfast: an op was called with a dtype that it does not take");
-  }
+  for (const auto& [theirs, ours] : dtypes)
+    if (theirs == type) return ours;
+  throw std::invalid_argument("robustfast: an op was called with a dtype that it does not take");
 }
 inline Dtype dtype_of(const Tensor& tensor) { return dtype_of(tensor.scalar_type()); }
 
