@@ -12,32 +12,22 @@ import pytest
 import torch
 from evaluated_models import Net, images, labels
 
-from robustfast.evaluation import certify, curvature, input_hessian_spectrum, survival, table
-from robustfast.evaluation.measurements import (
-    Attack,
-    Bounds,
-    Certificates,
-    Curvature,
-    Draws,
-    Features,
-    Smoothed,
-    Spectrum,
-)
+from robustfast.evaluation import certify, curvature, input_hessian_spectrum, measurements, survival, table
 from robustfast.evaluation.stream import PARTS, TABLE, measure
 from robustfast.evaluation.summary import summarise
 
 X, Y = images(20), labels(20)
 EVERYTHING = (
-    Draws("clean", None),
-    Draws("noise", "gaussian", {"std": 0.3}, draws=3),
-    Draws("patches", "occlusion", severity=2),
-    Spectrum(),
-    Curvature("curvature", draws=2, pixel_std=(0.5,)),
-    Smoothed("smoothed", 0.1, draws=2),
-    Bounds("bounds", 0.1, draws=2),
-    Features("features", 0.1),
-    Certificates("certificates", 0.2, n0=4, n=20, alpha=0.1, every=3),
-    Attack("attack", "linf", 0.05, steps=3, queries=3),
+    measurements.Draws("clean", None),
+    measurements.Draws("noise", "gaussian", {"std": 0.3}, draws=3),
+    measurements.Draws("patches", "occlusion", severity=2),
+    measurements.Spectrum(),
+    measurements.Curvature("curvature", draws=2, pixel_std=(0.5,)),
+    measurements.Smoothed("smoothed", 0.1, draws=2),
+    measurements.Bounds("bounds", 0.1, draws=2),
+    measurements.Features("features", 0.1),
+    measurements.Certificates("certificates", 0.2, n0=4, n=20, alpha=0.1, every=3),
+    measurements.Attack("attack", "linf", 0.05, steps=3, queries=3),
 )
 
 
