@@ -1,4 +1,4 @@
-// What the loss ops take and give, on every device.
+// The loss ops for every device, whose bindings fill the results of a call.
 #pragma once
 
 #include <algorithm>
@@ -18,6 +18,10 @@ struct LossSizes {
       : n(input.size(0)), dim(input.size(1)), num_classes(num_classes), rows(std::min(n, num_classes)) {}
 };
 
+inline std::optional<Tensor> unit_rows(const std::optional<Tensor>& tensor) {
+  return tensor ? std::optional(unit_rows(*tensor)) : std::nullopt;
+}
+
 // The op's `settings`, or what `scheduled` holds in their place, on the CPU.
 inline Settings settings_of(const std::vector<double>& settings, const std::optional<Tensor>& scheduled) {
   if (!scheduled && settings.size() != num_settings)
@@ -27,7 +31,24 @@ inline Settings settings_of(const std::vector<double>& settings, const std::opti
   return result;
 }
 
-// The results of discriminative_loss, to be written.
+// A call of discriminative_loss.
+struct LossCall {
+  const Tensor& input;
+  const std::optional<Tensor>& input_noise;
+  const Tensor &target, &weight;
+  const std::optional<Tensor>& bias;
+  const Tensor &centroids, &seen;
+  Settings settings;
+  int64_t norm;
+  bool update_state;
+  int64_t ignore_index;
+
+  LossSizes sizes{input, weight.size(0)};
+  Tensor f = unit_rows(input);
+  std::optional<Tensor> g = unit_rows(input_noise);
+};
+
+// Its results, to be written.
 struct LossResults {
   using Tuple = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
   Tensor loss, terms, slot, pull, tables, classes, boundary_bias;
@@ -44,7 +65,20 @@ struct LossResults {
   Tuple tuple() const { return {loss, terms, slot, pull, tables, classes, boundary_bias}; }
 };
 
-// The results of discriminative_loss_backward, to be written where they are wanted.
+// A call of discriminative_loss_backward.
+struct LossBackwardCall {
+  const Tensor &grad_loss, &input;
+  const std::optional<Tensor>& input_noise;
+  const Tensor &slot, &pull, &tables, &classes, &boundary_bias;
+  int64_t num_classes, norm;
+
+  LossSizes sizes{input, num_classes};
+  int64_t rows = classes.size(1);  // of the tables
+  Tensor f = unit_rows(input);
+  std::optional<Tensor> g = unit_rows(input_noise);
+};
+
+// Its results, to be written where they are wanted.
 struct LossGradients {
   using Tuple = std::tuple<Tensor, Tensor, Tensor, Tensor>;
   std::vector<bool> wanted;
@@ -70,8 +104,40 @@ struct LossGradients {
   }
 };
 
-inline std::optional<Tensor> unit_rows(const std::optional<Tensor>& tensor) {
-  return tensor ? std::optional(unit_rows(*tensor)) : std::nullopt;
-}
+// The ops of a device, by its functions that write the results of a call.
+template <void run(const LossCall&, const LossResults&),
+          void run_backward(const LossBackwardCall&, const LossGradients&)>
+struct LossOps {
+  static LossResults::Tuple discriminative_loss(const Tensor& input, const std::optional<Tensor>& input_noise,
+                                                const Tensor& target, const Tensor& weight,
+                                                const std::optional<Tensor>& bias, const Tensor& centroids,
+                                                const Tensor& seen, std::vector<double> settings,
+                                                const std::optional<Tensor>& scheduled, int64_t norm, bool update_state,
+                                                int64_t ignore_index) {
+    const LossCall call = {input, input_noise,  target,      weight,
+                           bias,  centroids,    seen,        settings_of(settings, scheduled),
+                           norm,  update_state, ignore_index};
+    const LossResults results(call.sizes, input, wide_dtype(input));
+    run(call, results);
+    return results.tuple();
+  }
+
+  static LossGradients::Tuple discriminative_loss_backward(
+      const Tensor& grad_loss, const Tensor& input, const std::optional<Tensor>& input_noise, const Tensor& slot,
+      const Tensor& pull, const Tensor& tables, const Tensor& classes, const Tensor& boundary_bias, int64_t num_classes,
+      ScalarType weight_dtype, ScalarType bias_dtype, int64_t norm, std::vector<bool> wanted) {
+    const LossBackwardCall call = {grad_loss, input,   input_noise,   slot,        pull,
+                                   tables,    classes, boundary_bias, num_classes, norm};
+    const LossGradients gradients(call.sizes, input, weight_dtype, bias_dtype, std::move(wanted));
+    run_backward(call, gradients);
+    return gradients.tuple();
+  }
+
+  template <class Library>
+  static void implement(Library& library) {
+    library.impl("discriminative_loss", TORCH_BOX(&LossOps::discriminative_loss));
+    library.impl("discriminative_loss_backward", TORCH_BOX(&LossOps::discriminative_loss_backward));
+  }
+};
 
 }  // namespace robustfast

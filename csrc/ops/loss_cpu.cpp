@@ -14,24 +14,19 @@ int num_threads() { return int(torch::stable::get_num_threads()); }
 
 namespace {
 
-LossResults::Tuple discriminative_loss(const Tensor& input, const std::optional<Tensor>& input_noise,
-                                       const Tensor& target, const Tensor& weight, const std::optional<Tensor>& bias,
-                                       const Tensor& centroids, const Tensor& seen, std::vector<double> settings,
-                                       const std::optional<Tensor>& scheduled, int64_t norm, bool update_state,
-                                       int64_t ignore_index) {
-  const LossSizes sizes(input, weight.size(0));
-  const Tensor f = unit_rows(input), w = classifier_rows(weight, wide_dtype(input));
-  const std::optional<Tensor> g = unit_rows(input_noise);
-  const LossResults results(sizes, input, wide_dtype(input));
+void discriminative_loss(const LossCall& call, const LossResults& results) {
+  const LossSizes& sizes = call.sizes;
+  const ScalarType wide = wide_dtype(call.input);
+  const Tensor w = classifier_rows(call.weight, wide);
   with_huge_pages(results.tables);
 
   const int64_t rows = sizes.rows, dim = sizes.dim;
   int32_t *const slot = data<int32_t>(results.slot), *const classes = data<int32_t>(results.classes);
-  slots_of_labels(matrix(target), sizes.n, sizes.num_classes, ignore_index, slot);
+  slots_of_labels(matrix(call.target), sizes.n, sizes.num_classes, call.ignore_index, slot);
   const Groups groups = group(sizes.n, sizes.num_classes, rows, slot, classes);
   const int64_t present = groups.rows();
   std::fill(classes + rows, classes + 2 * rows, -1);
-  for_wide(wide_dtype(input), [&]<class Wide>(Wide) {
+  for_wide(wide, [&]<class Wide>(Wide) {
     Wide *const centroid = data<Wide>(results.tables), *const mu_grad = centroid + rows * dim;
     Wide *const boundary_grad = mu_grad + rows * dim, *const boundary_bias = data<Wide>(results.boundary_bias);
     // What no sample and no class writes is 0, so that results are the same from run to run down to the last byte.
@@ -44,15 +39,15 @@ LossResults::Tuple discriminative_loss(const Tensor& input, const std::optional<
       counts[row] = Wide(groups.count(row));
       sample_share[row] = Wide(1) / (counts[row] * Wide(present));
     }
-    const SettingsOf<Wide> s = settings_of(settings, scheduled).template as<Wide>();
-    const Features features = {sizes.n, dim, &groups, matrix(f), matrix(g)};
-    const ClassifierRows own = {matrix(w), matrix(bias), classes}, other = {own.weight, own.bias, classes + rows};
+    const SettingsOf<Wide> s = call.settings.as<Wide>();
+    const Features features = {sizes.n, dim, &groups, matrix(call.f), matrix(call.g)};
+    const ClassifierRows own = {matrix(w), matrix(call.bias), classes}, other = {own.weight, own.bias, classes + rows};
     const Centroids<Wide> centroids_ = {
         .features = features,
         .momentum = s.momentum,
-        .update_state = update_state,
-        .centroids = data<Wide>(centroids),
-        .seen = data<bool>(seen),
+        .update_state = call.update_state,
+        .centroids = data<Wide>(call.centroids),
+        .seen = data<bool>(call.seen),
         .classes = classes,
         .mu = boundary_grad,
         .centroid = centroid,
@@ -60,9 +55,9 @@ LossResults::Tuple discriminative_loss(const Tensor& input, const std::optional<
     };
     const ClassPulls<Wide> pulls = {
         .features = features,
-        .norm = norm,
+        .norm = call.norm,
         .delta_var = s.delta_var,
-        .view_weight = s.view_weight(bool(input_noise)),
+        .view_weight = s.view_weight(bool(call.input_noise)),
         .centroid = centroid,
         .sample_share = sample_share.data(),
         .pull = data<Wide>(results.pull),
@@ -72,7 +67,7 @@ LossResults::Tuple discriminative_loss(const Tensor& input, const std::optional<
         .delta_dist = s.delta_dist,
         .beta = s.beta,
         .gamma = s.gamma,
-        .norm = norm,
+        .norm = call.norm,
         .rows = present,
         .dim = dim,
         .present = present,
@@ -91,61 +86,50 @@ LossResults::Tuple discriminative_loss(const Tensor& input, const std::optional<
     margin_search(boundary_grad, own, own.weight, own.bias, present, dim, sizes.num_classes, score.data(),
                   boundaries.winner);
     finish(boundaries, mean);
-    write_terms(s, bool(input_noise), mean, data<Wide>(results.loss), data<Wide>(results.terms));
+    write_terms(s, bool(call.input_noise), mean, data<Wide>(results.loss), data<Wide>(results.terms));
   });
-  return results.tuple();
 }
 
-LossGradients::Tuple discriminative_loss_backward(const Tensor& grad_loss, const Tensor& input,
-                                                  const std::optional<Tensor>& input_noise, const Tensor& slot,
-                                                  const Tensor& pull, const Tensor& tables, const Tensor& classes,
-                                                  const Tensor& boundary_bias, int64_t num_classes,
-                                                  ScalarType weight_dtype, ScalarType bias_dtype, int64_t norm,
-                                                  std::vector<bool> wanted) {
-  const LossSizes sizes(input, num_classes);
-  const Tensor f = unit_rows(input);
-  const std::optional<Tensor> g = unit_rows(input_noise);
-  const LossGradients gradients(sizes, input, weight_dtype, bias_dtype, wanted);
+void discriminative_loss_backward(const LossBackwardCall& call, const LossGradients& gradients) {
   with_huge_pages(gradients.input);
   with_huge_pages(gradients.input_noise);
   with_huge_pages(gradients.weight);
 
-  const int64_t rows = classes.size(1);
-  const Groups groups = group_by_slot(data<int32_t>(slot), sizes.n, rows);
-  for_wide(wide_dtype(input), [&]<class Wide>(Wide) {
-    const Wide* const table = data<Wide>(tables);
+  const LossSizes& sizes = call.sizes;
+  const int64_t rows = call.rows;
+  const Groups groups = group_by_slot(data<int32_t>(call.slot), sizes.n, rows);
+  for_wide(wide_dtype(call.input), [&]<class Wide>(Wide) {
+    const Wide* const table = data<Wide>(call.tables);
     const LossBackward<Wide> loss = {
-        .grad_loss = *data<Wide>(grad_loss),
-        .norm = norm,
+        .grad_loss = *data<Wide>(call.grad_loss),
+        .norm = call.norm,
         .n = sizes.n,
         .dim = sizes.dim,
         .num_classes = sizes.num_classes,
         .rows = rows,
         .groups = &groups,
-        .input = matrix(f),
-        .input_noise = matrix(g),
-        .pull = data<Wide>(pull),
+        .input = matrix(call.f),
+        .input_noise = matrix(call.g),
+        .pull = data<Wide>(call.pull),
         .centroid = table,
         .mu_grad = table + rows * sizes.dim,
         .boundary_grad = table + 2 * rows * sizes.dim,
-        .boundary_bias = data<Wide>(boundary_bias),
-        .slot = data<int32_t>(slot),
-        .classes = data<int32_t>(classes),
-        .winner = data<int32_t>(classes) + rows,
+        .boundary_bias = data<Wide>(call.boundary_bias),
+        .slot = data<int32_t>(call.slot),
+        .classes = data<int32_t>(call.classes),
+        .winner = data<int32_t>(call.classes) + rows,
     };
-    if (wanted[0]) variance_backward(loss, 0, data<void>(gradients.input));
-    if (wanted[1]) variance_backward(loss, 1, data<void>(gradients.input_noise));
-    if (wanted[2] || wanted[3]) {
+    if (gradients.wanted[0]) variance_backward(loss, 0, data<void>(gradients.input));
+    if (gradients.wanted[1]) variance_backward(loss, 1, data<void>(gradients.input_noise));
+    if (gradients.wanted[2] || gradients.wanted[3]) {
       margin_backward(loss, gradients.at(2, gradients.weight), gradients.at(3, gradients.bias));
     }
   });
-  return gradients.tuple();
 }
-
 }  // namespace
-}  // namespace robustfast
 
 STABLE_TORCH_LIBRARY_IMPL(robustfast, CPU, m) {
-  m.impl("discriminative_loss", TORCH_BOX(&robustfast::discriminative_loss));
-  m.impl("discriminative_loss_backward", TORCH_BOX(&robustfast::discriminative_loss_backward));
+  LossOps<discriminative_loss, discriminative_loss_backward>::implement(m);
 }
+
+}  // namespace robustfast
