@@ -11,7 +11,8 @@ from PIL import Image
 
 from robustfast.commands import runs
 from robustfast.evaluation.folders import ImageFolder
-from robustfast.training import data, load_classifier, loop, train
+from robustfast.training import data, load_classifier, train
+from robustfast.training.setup import prepare
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -103,7 +104,7 @@ def test_normalisation_and_identity(config):
 def test_a_broken_file_is_named(config, tmp_path, workers, ending):
     shutil.copytree(folder_of(config), tmp_path / "data")
     config = replace(config, data=f"folder:{tmp_path / 'data'}", workers=workers)
-    setup = loop.prepare(config)
+    setup = prepare(config)
     file = tmp_path / "data" / "train" / "light" / f"{'43'[ending == 'jpg']}.{ending}"
     file.write_bytes(file.read_bytes()[:-200])
     with pytest.raises(ValueError, match=rf"^{file}: not an image that can be read: ") as error:
@@ -116,7 +117,7 @@ def test_sixteen_bits_are_not_cut_off(config, tmp_path):
     shutil.copytree(folder_of(config), tmp_path / "data")
     Image.fromarray(np.full((20, 20), 40000, np.uint16)).save(tmp_path / "data" / "train" / "dark" / "0.png")
     with pytest.raises(ValueError, match=r"dark/0\.png: not an image .*: expected 8 bits per channel, got .* I;16"):
-        loop.prepare(replace(config, data=f"folder:{tmp_path / 'data'}", validation=0.1))
+        prepare(replace(config, data=f"folder:{tmp_path / 'data'}", validation=0.1))
 
 
 def test_val_is_the_test_set_where_there_is_no_other(config, tmp_path):
@@ -132,11 +133,11 @@ def test_val_is_the_test_set_where_there_is_no_other(config, tmp_path):
 
 def test_settings_that_exclude_each_other(config, tiny):
     with pytest.raises(ValueError, match=r"^crop: streamed images are cut at random by crop_area, got 2 pixels"):
-        loop.prepare(replace(config, crop=2))
+        prepare(replace(config, crop=2))
     with pytest.raises(ValueError, match=r"^size: images are resized of folder:DIR alone, got 12 for npz:"):
-        loop.prepare(replace(tiny, size=12, crop=0))
+        prepare(replace(tiny, size=12, crop=0))
     with pytest.raises(ValueError, match=r"as in .*\.(png|jpg), got .*; with --size they are resized"):
-        loop.prepare(replace(config, size=0))
+        prepare(replace(config, size=0))
 
 
 def test_a_folder_of_one_size_may_hold_jpeg(tmp_path):

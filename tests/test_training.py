@@ -18,8 +18,10 @@ from torch import nn
 import robustfast
 from robustfast.evaluation import accuracy, noise, noise_curve
 from robustfast.streams import stream
-from robustfast.training import Config, data, files, load_classifier, loop, models, preset, recipes, train
+from robustfast.training import Config, batching, data, files, load_classifier, loop, models, preset, recipes, train
 from robustfast.training.config import METHODS, from_json
+from robustfast.training.run import Run
+from robustfast.training.setup import prepare
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,7 +41,9 @@ def model():
 def batch():
     generator = torch.Generator().manual_seed(0)
     clean = torch.randn(6, 1, 8, 8, generator=generator)
-    return loop.Batch(clean, clean + torch.randn(clean.shape, generator=generator), torch.tensor([0, 2, 2, 3, 0, 2]))
+    return batching.Batch(
+        clean, clean + torch.randn(clean.shape, generator=generator), torch.tensor([0, 2, 2, 3, 0, 2])
+    )
 
 
 def recipe_of(config, model):
@@ -163,10 +167,10 @@ def test_images_too_small_for_a_model_are_named(tiny, tmp_path):
     np.savez(tmp_path / "a.npz", **{name: a[:, :5, :1] if name[0] == "x" else a for name, a in arrays.items()})
     config = replace(tiny, data=f"npz:{tmp_path / 'a.npz'}")
     with pytest.raises(ValueError, match=r"^model: small needs images of 2x2 pixels or more, got 5x1$"):
-        loop.prepare(config)
-    loop.prepare(replace(config, model="resnet18"))
+        prepare(config)
+    prepare(replace(config, model="resnet18"))
     with pytest.raises(ValueError, match=r"^model: lenet needs images of 12x12 pixels or more, got 8x8$"):
-        loop.prepare(replace(tiny, model="lenet"))
+        prepare(replace(tiny, model="lenet"))
 
 
 def test_a_seed_fixes_the_weights_and_nothing_else():
@@ -190,7 +194,7 @@ def test_cifar10_preset_is_the_papers():
     assert {name: getattr(config, name) for name in expected} == expected
     rates = [config.learning_rate(epoch) for epoch in (0, 59, 60, 119, 120, 159, 160, 199)]
     assert rates == pytest.approx([1e-3, 1e-3, 2e-4, 2e-4, 4e-5, 4e-5, 8e-6, 8e-6])
-    (group,) = loop.Run(loop.prepare(replace(config, data="digits", model="small"))).optimizer.param_groups
+    (group,) = Run(prepare(replace(config, data="digits", model="small"))).optimizer.param_groups
     assert group["nesterov"] and group["momentum"] == 0.9 and group["weight_decay"] == 5e-4
 
 
@@ -255,7 +259,7 @@ def test_what_cannot_run_is_a_value_error(name, value):
     if value == "cuda" and torch.cuda.is_available():
         pytest.skip("it can run here")
     with pytest.raises(ValueError, match=name):
-        loop.prepare(Config(**{name: value}))
+        prepare(Config(**{name: value}))
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
@@ -263,11 +267,11 @@ def test_what_cannot_run_is_a_value_error(name, value):
 
 def epoch_views(config, epoch):
     """Batches of an epoch as clean, noisy (N, C, H, W) by position in the training images, in [0, 1]."""
-    setup = loop.prepare(config)
+    setup = prepare(config)
     order = torch.randperm(
         len(setup.train_ids), generator=torch.Generator().manual_seed(stream(config.seed, "order", epoch))
     )
-    batches = [batch for _, batch in loop.batches(setup, epoch)]
+    batches = [batch for _, batch in batching.batches(setup, epoch)]
     clean, noisy, target = (torch.cat(part) for part in zip(*batches, strict=True))
     mean, std = (torch.tensor(setup.normalization[key]).view(-1, 1, 1) for key in ("mean", "pixel_std"))
     back = order.argsort()
@@ -291,13 +295,13 @@ def test_batches_are_the_images_and_the_images_with_noise(tiny):
 def test_each_image_has_a_sigma_of_its_own(tiny):
     config = replace(tiny, crop=0, flip=False, sigma_spread=0.5)
     setup, clean, noisy = epoch_views(config, 2)
-    sigmas = loop.draw_sigmas(config, len(clean), 2, clean.device)
+    sigmas = batching.draw_sigmas(config, len(clean), 2, clean.device)
     assert (sigmas > 0.5 * config.sigma).all() and (sigmas < 1.5 * config.sigma).all() and sigmas.std() > 0
     expected = robustfast.functional.gaussian_noise(
         setup.train.pixels / 255, sigmas, seed=stream(config.seed, "noise"), sample_ids=setup.train_ids, draw=2
     )
     torch.testing.assert_close(noisy, expected, atol=1e-5, rtol=0)
-    assert not torch.equal(sigmas, loop.draw_sigmas(config, len(clean), 3, clean.device))
+    assert not torch.equal(sigmas, batching.draw_sigmas(config, len(clean), 3, clean.device))
 
 
 def test_same_and_independent_views(tiny):
@@ -308,7 +312,7 @@ def test_same_and_independent_views(tiny):
     assert torch.equal(clean, independent_clean)
     moved = (clean != independent_noisy).flatten(1).any(1)
     assert moved.float().mean() > 0.8  # 17 of 18 placements differ
-    sums = [view.flatten(1).sum(1) for view in (loop.prepare(still).train.pixels / 255, independent_noisy)]
+    sums = [view.flatten(1).sum(1) for view in (prepare(still).train.pixels / 255, independent_noisy)]
     assert (sums[1] <= sums[0] + 1e-3).all()  # the same image, less what the crop cut
 
 
@@ -330,7 +334,7 @@ def test_streams_are_apart():
 def test_the_best_epoch_is_kept_and_the_test_set_seen_once(tiny, tmp_path, monkeypatch):
     """Scores of 3, 9, 9, 5 on validation: the third epoch's weights are those tested."""
     scores, weights, tested = iter([0.3, 0.9, 0.9, 0.5]), [], []
-    setup = loop.prepare(tiny)
+    setup = prepare(tiny)
 
     def curve(model, images, sigmas, **settings):
         if torch.equal(images.labels, setup.test.labels):
@@ -377,7 +381,7 @@ def test_parts_of_a_step_add_up_to_it(tiny):
     expected = history(config)
     for accumulate in (2, 3, 100):
         assert history(replace(config, accumulate=accumulate)) == pytest.approx(expected, rel=1e-4)
-    parts = loop._parts(torch.arange(8), 3)
+    parts = batching._parts(torch.arange(8), 3)
     assert [part.positions.tolist() for part in parts] == [[0, 1, 2], [3, 4, 5], [6, 7]]
     assert [part.share for part in parts] == [3 / 8, 3 / 8, 2 / 8] and [part.last for part in parts] == [0, 0, 1]
 
@@ -393,8 +397,8 @@ LINEAR = f"{__name__}:linear"
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_mixed_precision_trains(tiny, amp):
     config = replace(tiny, epochs=2, amp=amp, model=LINEAR, lr=1e-4)
-    setup = loop.prepare(config)
-    run = loop.Run(setup)
+    setup = prepare(config)
+    run = Run(setup)
     seen = []
     run.model.fc.register_forward_hook(lambda layer, inputs, output: seen.append(output.dtype))
     losses = [loop.train_epoch(setup, run)["loss"] for _ in range(2)]
@@ -405,11 +409,11 @@ def test_mixed_precision_trains(tiny, amp):
 
 def test_the_scaler_leaves_out_what_is_not_finite(tiny, monkeypatch):
     """The first step's scale is far too large; the others' loss counts, and a run in which none is taken fails."""
-    setup = loop.prepare(replace(tiny, amp="fp16", epochs=1, model=LINEAR))
-    run = loop.Run(setup)
+    setup = prepare(replace(tiny, amp="fp16", epochs=1, model=LINEAR))
+    run = Run(setup)
     run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-30)
     before = run.model.fc.weight.clone()
-    batch = next(iter(loop.batches(setup, 0)))
+    batch = next(iter(batching.batches(setup, 0)))
     run.classifier.train()
     run.backward(*reversed(batch))
     run.step(0.1)
@@ -424,14 +428,14 @@ def test_the_scaler_leaves_out_what_is_not_finite(tiny, monkeypatch):
 def test_averaged_weights_are_evaluated_and_kept(tiny, tmp_path):
     config = replace(tiny, epochs=1, ema=0.75)
     weights = []
-    step = loop.Run.step
+    step = Run.step
 
     def followed(run, rate):
         step(run, rate)
         weights.append(run.model.fc.weight.detach().clone())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Run, "step", followed)
+        patch.setattr(Run, "step", followed)
         train(config, tmp_path)
     expected = weights[0]
     for weight in weights[1:]:
@@ -450,8 +454,8 @@ def test_schedules():
 
 
 def test_the_learning_rate_moves_within_an_epoch(tiny, monkeypatch):
-    rates, step = [], loop.Run.step
-    monkeypatch.setattr(loop.Run, "step", lambda run, rate: (rates.append(rate), step(run, rate)))
+    rates, step = [], Run.step
+    monkeypatch.setattr(Run, "step", lambda run, rate: (rates.append(rate), step(run, rate)))
     config = replace(tiny, epochs=2, batch_size=16, schedule="cosine")
     history = train(config)["history"]
     assert rates == pytest.approx([config.learning_rate(i / 3) for i in range(6)], rel=1e-9)
@@ -482,13 +486,13 @@ def test_models_of_others(tiny, tmp_path):
         ("builtins:dict", "expected a torch.nn.Module, got dict"),
     ):
         with pytest.raises(ValueError, match=rf"^model: {name}: .*{reason}"):
-            loop.Run(loop.prepare(replace(config, model=name)))
+            Run(prepare(replace(config, model=name)))
 
 
 def test_timm_is_named_where_it_is_missing(tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ModuleNotFoundError, match=r"^timm is not installed; install it with: pip install timm$"):
-        loop.Run(loop.prepare(replace(tiny, model="timm:resnet18")))
+        Run(prepare(replace(tiny, model="timm:resnet18")))
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
@@ -532,7 +536,7 @@ def test_accuracy_is_in_evaluation_mode_and_leaves_no_trace(training):
 
 
 def test_validation_is_neither_trained_on_nor_tested(tiny):
-    setup = loop.prepare(replace(tiny, validation=0.5))
+    setup = prepare(replace(tiny, validation=0.5))
     pool = data.load(tiny.data).train
     held_out = torch.tensor(sorted(set(range(66)) - set(setup.train_ids.tolist())))
     assert torch.equal(setup.train.pixels, pool.pixels[setup.train_ids])

@@ -16,7 +16,9 @@ from ranks import run_ranks
 from test_runs import Interrupt, interrupt_after, model_bits, without_time
 
 from robustfast import DiscriminativeLoss, RobustClassifier
-from robustfast.training import files, load_classifier, loop, models, resume, train
+from robustfast.training import batching, files, load_classifier, loop, models, resume, train
+from robustfast.training.run import Run
+from robustfast.training.setup import prepare
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -38,7 +40,7 @@ def settings_of_runs(tiny, pictures):
 
 def views_of(config):
     """The first epoch's noisy views and labels of this rank, step by step."""
-    return [(batch.noisy, batch.target) for _, batch in loop.batches(loop.prepare(config), 0)]
+    return [(batch.noisy, batch.target) for _, batch in batching.batches(prepare(config), 0)]
 
 
 def on_two_ranks(rank, begin, configs, out):
@@ -55,12 +57,12 @@ def on_two_ranks(rank, begin, configs, out):
 
 def half_precision(rank, config):
     """A run in float16 whose second rank has an overflow of its own: scales, weights and centroids at every step."""
-    setup = loop.prepare(replace(config, amp="fp16", model="test_training:linear"))
-    run = loop.Run(setup)
+    setup = prepare(replace(config, amp="fp16", model="test_training:linear"))
+    run = Run(setup)
     run.classifier.train()
     run.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     weight, steps = run.model.fc.weight, []
-    for number, (part, batch) in enumerate(loop.batches(setup, 0)):
+    for number, (part, batch) in enumerate(batching.batches(setup, 0)):
         overflow = weight.register_hook(lambda grad: grad * (torch.inf if rank == 1 and number == 2 else 1))  # noqa: B023
         run.backward(batch, part)
         run.step(0.01)

@@ -26,7 +26,7 @@ from robustfast.evaluation.suites import SUITES, suite
 from robustfast.evaluation.summary import summarise
 from robustfast.extras import imported, needed
 from robustfast.training import Config, data, saved
-from robustfast.training.loop import pick_device
+from robustfast.training.setup import pick_device
 
 RESULTS = "results.json"
 BATCH = 256  # images read at a time

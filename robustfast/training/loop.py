@@ -6,169 +6,24 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import robustfast
 from robustfast import disk, ranks
-from robustfast.backends import resolve
 from robustfast.evaluation.noise import count_right, right_share
-from robustfast.functional import noisy_pair
-from robustfast.streams import generator, stream
-from robustfast.training import data, files, models, recipes
+from robustfast.streams import stream
+from robustfast.training import data, files
+from robustfast.training.batching import batches
 from robustfast.training.config import Config, from_json
+from robustfast.training.run import Run
+from robustfast.training.setup import Setup, prepare
 
 TEST_SEED = 0  # of the test noise: every method and every run is tested on the same noisy images
-
-
-class Setup(NamedTuple):
-    """What a run works on and does not change."""
-
-    config: Config
-    device: torch.device
-    classes: tuple[str, ...]
-    train: data.Images | data.Files
-    train_ids: Tensor  # (N,) position in the training pool: the identity of a sample for its noise
-    validation: data.Images | data.Files
-    test: data.Images | data.Files
-    normalization: dict[str, Any]  # mean, pixel_std
-    backends: dict[str, str]  # of each op used
-    fingerprint: str
-
-
-class Part(NamedTuple):
-    """Images, of all ranks, that go through the model at once: a step's, or a part of them with ``accumulate``."""
-
-    positions: Tensor  # in the training images
-    share: float  # of the step's images
-    last: bool  # of the step
-
-
-class Batch(NamedTuple):
-    """The clean and the noisy view (N, C, H, W) of the same samples, normalised, and their labels (N,)."""
-
-    clean: Tensor
-    noisy: Tensor
-    target: Tensor
-
-
-class Run:
-    """What training changes, and a checkpoint holds; everything random is a function of (seed, epoch) instead.
-
-    Attributes:
-        model: the classifier of normalised images.
-        classifier: the method over it: its forward is a step's objective.
-        replica: ``classifier`` as this rank calls it: under DistributedDataParallel, where there are several.
-        average: of the model's weights over the steps, where ``ema`` is set.
-    """
-
-    def __init__(self, setup: Setup) -> None:
-        config, self.device = setup.config, setup.device
-        self.dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.amp]
-        channels = setup.train.image[0]
-        self.model = models.build(
-            config.model, channels, config.inter_dim, len(setup.classes), stream(config.seed, "init")
-        )
-        if config.sync_batchnorm:
-            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
-        self.classifier = recipes.build(config, self.model, setup.normalization).to(self.device)
-        self.optimizer = _optimizer(config, self.model)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
-        average = get_ema_multi_avg_fn(config.ema)
-        self.average = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True) if config.ema else None
-        if config.compile:
-            self.classifier.compile()
-        self.replica = DistributedDataParallel(self.classifier) if ranks.count() > 1 else self.classifier
-        self.best: dict[str, Tensor] = {}
-        self.history: list[dict[str, float]] = []
-        self.seconds = 0.0
-
-    @property
-    def evaluated(self) -> nn.Module:
-        """The model whose weights are evaluated and kept."""
-        return self.model if self.average is None else self.average.module
-
-    def backward(self, batch: Batch, part: Part) -> Tensor:
-        """Add the gradient of a part's objective to the step's; returns this rank's share of the objective."""
-        with self._synchronised(part.last):
-            with self._mixed_precision():
-                loss = self.replica((batch.clean, batch.noisy), batch.target)["loss"]
-            self.scaler.scale(loss * part.share).backward()
-        return loss.detach()
-
-    def step(self, learning_rate: float) -> None:
-        """Take the step whose gradient is there."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
-        if self.average is not None:
-            self.average.update_parameters(self.model)
-
-    def _synchronised(self, last: bool) -> AbstractContextManager[Any]:
-        """Gradients go over the ranks once a step."""
-        is_alone = isinstance(self.replica, DistributedDataParallel) and not last
-        return self.replica.no_sync() if is_alone else nullcontext()  # type: ignore[operator]
-
-    def _mixed_precision(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self.dtype is None else torch.autocast(self.device.type, self.dtype)
-
-    @property
-    def best_epoch(self) -> int:
-        """The epoch, from 1, with the highest validation score; the last of equals."""
-        return int(max(self.history, key=lambda record: (record["validation"], record["epoch"]))["epoch"])
-
-    def save(self, out: Path, setup: Setup) -> None:
-        """Write the state after the last whole epoch; the identity of the run is its settings and its data."""
-        tensors = {f"{part}.{name}": tensor for part, state in self._states().items() for name, tensor in state.items()}
-        about = {**_identity(setup), "history": self.history, "seconds": self.seconds}
-        about["scaler"] = self.scaler.state_dict()
-        files.save(out / files.STATE, "state", tensors, about)
-
-    def load(self, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
-        """Take over what :meth:`save` wrote."""
-        parts: dict[str, dict[str, Tensor]] = {part: {} for part in self._states()}
-        for name, tensor in tensors.items():
-            part, _, key = name.partition(".")
-            parts[part][key] = tensor
-        self.classifier.load_state_dict(parts["classifier"])
-        self.best = {name: tensor.to(self.device) for name, tensor in parts["best"].items()}
-        momenta: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in parts["optimizer"].items():
-            index, _, key = name.partition(".")
-            momenta.setdefault(int(index), {})[key] = tensor
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": momenta})
-        if self.average is not None:
-            self.average.load_state_dict(parts["average"])
-        self.scaler.load_state_dict(about.get("scaler", {}))
-        self.history, self.seconds = about["history"], about["seconds"]
-
-    def _states(self) -> dict[str, dict[str, Tensor]]:
-        momenta = self.optimizer.state_dict()["state"]
-        optimizer = {f"{index}.{key}": tensor for index, state in momenta.items() for key, tensor in state.items()}
-        average = {} if self.average is None else self.average.state_dict()
-        return {
-            "classifier": self.classifier.state_dict(),
-            "average": average,
-            "best": self.best,
-            "optimizer": optimizer,
-        }
-
-
-def _optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay)
-    return torch.optim.SGD(
-        model.parameters(), config.lr, config.momentum, nesterov=config.momentum > 0, weight_decay=config.weight_decay
-    )
 
 
 def train(
@@ -272,47 +127,6 @@ def _finished(out: Path, about: dict[str, Any]) -> dict[str, Any] | None:
     return results
 
 
-def _identity(setup: Setup) -> dict[str, Any]:
-    """What makes a run this run: each of its files holds it."""
-    return {"config": setup.config.as_json(), "fingerprint": setup.fingerprint}
-
-
-def prepare(config: Config) -> Setup:
-    """Load the data, hold out validation and fix the normalisation, on the device."""
-    device = pick_device(config.device)
-    backends = pick_backends(config.backend, device)
-    config = replace(config, threads=config.threads or torch.get_num_threads())
-    if config.sync_batchnorm and device.type != "cuda":
-        raise ValueError("sync_batchnorm: expected a GPU, where PyTorch has it")
-    if config.size and config.crop:
-        raise ValueError(f"crop: streamed images are cut at random by crop_area, got {config.crop} pixels of padding")
-    loaded = data.load(config.data, config.size, config.workers)
-    models.check_image(config.model, loaded.train.image[1:])
-    ids, held_out = data.stratified_split(loaded.train.labels, config.validation, config.seed)
-    train = loaded.train.take(ids)
-    return Setup(
-        config, device, loaded.classes, train.to(device), ids.to(device), loaded.train.take(held_out).to(device),
-        loaded.test.to(device), data.normalization(train), backends, loaded.fingerprint(),
-    )  # fmt: skip
-
-
-def pick_device(name: str) -> torch.device:
-    """The device that ``auto`` (a GPU if there is one), ``cpu`` or ``cuda`` names; ValueError if it cannot be had."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device: expected auto, cpu or cuda, got {name!r}")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: no GPU is visible to PyTorch")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def pick_backends(name: str, device: torch.device) -> dict[str, str]:
-    """The backend of each op that training uses; ValueError if the one named cannot run there."""
-    try:
-        return {op: resolve(name, device.type, op) for op in ("discriminative_loss", "noisy_pair")}
-    except RuntimeError as error:
-        raise ValueError(error) from error
-
-
 def _go_on(
     setup: Setup, run: Run, out: Path | None, on_epoch: Callable[[dict[str, float]], None] | None
 ) -> dict[str, Any]:
@@ -369,33 +183,6 @@ def train_epoch(setup: Setup, run: Run) -> dict[str, float]:
     return record
 
 
-def batches(setup: Setup, epoch: int) -> Iterator[tuple[Part, Batch]]:
-    """This rank's share of the training images in the epoch's order; the noise is draw ``epoch`` of each sample."""
-    config = setup.config
-    order = torch.randperm(len(setup.train_ids), generator=generator(config.seed, "order", epoch)).to(setup.device)
-    parts = [part for step in order.split(config.batch_size) for part in _parts(step, config.accumulate)]
-    shares = [ranks.share(part.positions) for part in parts]
-    settings = {**setup.normalization, "seed": stream(config.seed, "noise"), "draw": epoch, "backend": config.backend}
-    sigma = draw_sigmas(config, len(order), epoch, setup.device)
-    for part, mine, views in zip(parts, shares, setup.train.augmented(shares, config, epoch), strict=True):
-        scale = sigma[mine] if isinstance(sigma, Tensor) else sigma
-        pairs = [noisy_pair(pixels, scale, **settings, sample_ids=setup.train_ids[mine]) for pixels in views]
-        yield part, Batch(pairs[0][0], pairs[-1][1], setup.train.labels[mine])
-
-
-def _parts(step: Tensor, accumulate: int) -> list[Part]:
-    parts = [index for index in step.tensor_split(accumulate) if len(index)]
-    return [Part(index, len(index) / len(step), index is parts[-1]) for index in parts]
-
-
-def draw_sigmas(config: Config, count: int, epoch: int, device: torch.device) -> Tensor | float:
-    """The noise of an epoch: one standard deviation for all, or where ``sigma_spread`` wants it one each, (count,)."""
-    if not config.sigma_spread:
-        return config.sigma
-    even = torch.rand(count, generator=generator(config.seed, "sigma", epoch)).to(device)
-    return config.sigma * (1 + config.sigma_spread * (2 * even - 1))
-
-
 def validate(setup: Setup, model: nn.Module) -> dict[str, float]:
     """Accuracy on clean and on noisy validation images, and their mean, by which the best epoch is chosen."""
     config = setup.config
@@ -440,7 +227,7 @@ def finish(setup: Setup, run: Run, out: Path | None) -> dict[str, Any]:
     )
     results = {
         "format": files.FORMAT,
-        **_identity(setup),
+        **setup.identity,
         "data": {
             "classes": list(setup.classes),
             "image": list(setup.train.image),
@@ -463,7 +250,7 @@ def finish(setup: Setup, run: Run, out: Path | None) -> dict[str, Any]:
     }
     if out is not None and ranks.rank() == 0:
         about = {name: results["data"][name] for name in ("classes", "image")}
-        about |= {**_identity(setup), "normalization": setup.normalization}
+        about |= {**setup.identity, "normalization": setup.normalization}
         files.save(out / files.MODEL, "model", run.best, about)
         disk.write_json(out / files.RESULTS, results)
     return results

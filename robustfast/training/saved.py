@@ -12,7 +12,8 @@ from torch import Tensor
 from robustfast.evaluation import Normalized
 from robustfast.training import data, files, models
 from robustfast.training.config import from_json
-from robustfast.training.loop import noise_curve, pick_backends, pick_device
+from robustfast.training.loop import noise_curve
+from robustfast.training.setup import pick_backends, pick_device
 
 
 class SavedClassifier(Normalized):
