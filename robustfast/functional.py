@@ -105,7 +105,7 @@ def loss_and_terms(
 ) -> tuple[Tensor, Sequence[Tensor] | Tensor]:  # fmt: skip
     """The loss, and the other :class:`Terms`: of kernels as one tensor, since a step that logs none pays for none.
 
-    ``ranks`` are :class:`~robustfast.global_batch.Ranks` whose batches count as one; None: this rank alone.
+    ``ranks`` are :class:`~robustfast.gathering.Ranks` whose batches count as one; None: this rank alone.
     """
     target = checks.integer_labels(target)
     checks.discriminative_loss(input, input_noise, target, weight, bias, centroids, seen)

@@ -7,28 +7,21 @@ Backward has none: a rank has the gradients of its own samples, and those of W a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from robustfast import checks, collectives, steps
+from robustfast import checks, collectives, reference, steps
 from robustfast.autograd import DiscriminativeLossFunction
 from robustfast.backends import ops
+from robustfast.costs import Step
+from robustfast.gathering import checked_apart, gather_batch, refuse
 from robustfast.reference import readable, rows_of
+from robustfast.shards import Block, fetch, write_block
 
 EXCHANGES = ("auto", "sums", "gather")
-# Operations of a search that take a device as long as a collective of a few bytes.
-SPLIT_SEARCH = {"cpu": 1e7, "cuda": 1e9}
-
-
-class Ranks(NamedTuple):
-    """Those whose batches count as one, and how they exchange what they have."""
-
-    group: Any
-    exchange: str  # "sums" or "gather"
-    max_batch: int | None = None  # of a rank
 
 
 class GlobalLossFunction(DiscriminativeLossFunction):
@@ -84,7 +77,7 @@ def by_sums(
         input, input_noise, labels, centroid, sample_share, settings, scheduled, norm, ignore_index
     )
     pull_sum, squares = sum_over_ranks(group, pull_sum, squares)
-    winner = search(step, group, mu, weight, bias)
+    winner = search(backend, group, taken, mu, weight, bias, weight, bias)
     weight_w, bias_w = rows_of(weight, bias, winner.long().clamp(min=0))
     mu_grad, boundary_grad, boundary_bias, winner, of_rows = step.finish(
         mu, centroid, pull_sum, counts, tau, weight, bias, weight_w, bias_w, winner, settings, scheduled, norm
@@ -95,69 +88,76 @@ def by_sums(
     return loss, terms, slot, pull, tables, classes, boundary_bias
 
 
-def search(step: Any, group: Any, mu: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The winner of each row's margin, for which the ranks share the rows where a collective takes less time."""
-    num_classes, dim = weight.shape
-    size = collectives.size(group)
-    if size == 1 or 4 * num_classes * num_classes * dim < SPLIT_SEARCH.get(mu.device.type, 0):
-        return step.margin_search(mu, weight, bias, weight, bias)[1]
-    most = -(-num_classes // size)
-    first = min(collectives.rank(group) * most, num_classes)
-    mine = slice(first, min(first + most, num_classes))
-    _, winner = step.margin_search(mu[mine], weight[mine], None if bias is None else bias[mine], weight, bias)
-    filled = torch.nn.functional.pad(winner, (0, most - winner.shape[0]))
-    return collectives.all_gather(filled, group)[:num_classes]
-
-
 def by_gathering(
     backend, ranks, input, input_noise, target, weight, bias, centroids, seen, settings, scheduled, norm, update_state,
     ignore_index,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The same, from the samples of all ranks."""
-    batch = gather_batch(input, input_noise, target, ranks, weight.shape[0], ignore_index)
+    """The same, from the samples of all ranks: the op, or its steps where the ranks share the search."""
+    num_classes = weight.shape[0]
+    batch = gather_batch(input, input_noise, target, ranks, num_classes, ignore_index)
     arguments = (*batch.tensors, weight, bias, centroids, seen, settings, scheduled, norm, update_state, ignore_index)
-    if backend == "reference":
-        loss, terms, slot, pull, *rest = by_sums(backend, Ranks(None, "sums"), *arguments)
+    f = batch.tensors[0]
+    if backend == "reference" or Step.of(f, len(f), num_classes, collectives.size(ranks.group)).gather_shares():
+        here = Block.of(num_classes, None)  # all classes
+        loss, terms, slot, pull, *rest = by_rows(backend, here, partial(search, backend, ranks.group), *arguments)
     else:
         loss, terms, slot, pull, *rest = ops(backend).discriminative_loss(*arguments)
-    return loss, terms, slot[batch.mine].clone(), pull[:, batch.mine], *rest
+    return loss, terms, slot[batch.mine].clone(), pull[:, batch.mine].contiguous(), *rest
 
 
-class Batch(NamedTuple):
-    """The batches of all ranks one after the other, each filled up to the same length with ignored samples."""
+def by_rows(
+    backend, block, search_of, f, g, labels, weight, bias, centroids, seen, settings, scheduled, norm, update_state,
+    ignore_index,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The same, from the samples of all ranks and this rank's block of the classes.
 
-    tensors: tuple[Tensor, Tensor | None, Tensor]  # input, input_noise, target
-    mine: slice  # this rank's samples
-
-
-def gather_batch(
-    input: Tensor, input_noise: Tensor | None, target: Tensor, ranks: Ranks, num_classes: int, ignore_index: int
-) -> Batch:
-    """The samples of all ranks, in one collective after a small one that tells whether anything is wrong.
-
-    Without a ``max_batch`` the host waits for the size of the largest batch; with one it waits for nothing on a GPU.
+    Tables have rows for the classes of the batch, whose parts of W, b and state are fetched. ``search_of`` gives the
+    winner, of all classes, of each row with samples: (taken, mu, weight_c, bias_c, weight, bias) -> (R,).
     """
-    n, group = input.shape[0], ranks.group
-    labels, mine = checked_apart(target, input_noise, num_classes, ignore_index)
-    *report, largest = collectives.all_reduce(torch.cat((mine, mine.new_full((1,), n))), "MAX", group)
-    refuse(report, target, num_classes, ignore_index)
-    most = int(largest) if ranks.max_batch is None else ranks.max_batch
-    stop(largest > most, ValueError, f"max_batch: expected at least the size of each rank's batch, got {most}")
-    views = [input] if input_noise is None else [input, input_noise]
-    columns = [torch.constant_pad_nd(labels, (0, most - n), ignore_index).unsqueeze(1)]
-    columns += [torch.constant_pad_nd(view, (0, 0, 0, most - n)) for view in views]
-    (target, *views), first = gather_columns(columns, group), collectives.rank(group) * most
-    return Batch((views[0], None if input_noise is None else views[1], target.squeeze(1)), slice(first, first + n))
+    step, s, wide = steps.of(backend), steps.as_settings(settings, scheduled), checks.wide_dtype(f)
+    groups = reference.group(labels, block.num_classes, ignore_index)
+    rows, counts = len(groups.classes), groups.counts.to(wide)
+    row = groups.slot.masked_fill(groups.slot == rows, -1)
+
+    bias_of = () if bias is None else (bias,)
+    weight_c, previous, known, *bias_c = fetch(block, groups.classes, (weight, centroids, seen, *bias_of), wide)
+    mu = step.class_sums(f, row, rows, -1)[:, :-1] / counts.clamp(min=1).unsqueeze(1)
+    centroid, tau = steps.momentum_centroids(mu, previous, known > 0, s.momentum)
+    if update_state:
+        write_block(block, groups, centroid, centroids, seen)
+
+    sample_share = groups.taken / (groups.present * counts.clamp(min=1))
+    slot, pull, pull_sum, squares = step.class_pulls(f, g, row, centroid, sample_share, settings, scheduled, norm, -1)
+    own = (weight_c, *(bias_c or (None,)))
+    winner = search_of(groups.taken, mu, *own, weight, bias)
+    weight_w, *bias_w = fetch(block, winner, (weight, *bias_of), wide)
+    mu_grad, boundary_grad, boundary_bias, winner, of_rows = step.finish(
+        mu, centroid, pull_sum, counts, tau, *own, weight_w, *(bias_w or (None,)), winner, settings, scheduled, norm
+    )
+    loss, terms = steps.total(s, squares, of_rows, 1 if g is None else 2)
+    tables, classes = torch.stack((centroid, mu_grad, boundary_grad)), torch.stack((groups.classes.int(), winner))
+    return loss, terms, slot, pull, tables, classes, boundary_bias
 
 
-def gather_columns(columns: list[Tensor], group: Any) -> list[Tensor]:
-    """All ranks' rows of tables (n, ...) of several dtypes, the widest first, in one collective of bytes."""
-    parts = [column.contiguous().view(torch.uint8) for column in columns]
-    widths = [part.shape[1] for part in parts]
-    align = -sum(widths) % columns[0].element_size()
-    gathered = collectives.all_gather(torch.constant_pad_nd(torch.cat(parts, 1), (0, align)), group)
-    parts = gathered[:, : sum(widths)].split(widths, 1)
-    return [part.view(column.dtype) for part, column in zip(parts, columns, strict=True)]
+def search(
+    backend: str, group: Any, taken: Tensor, mu: Tensor, weight_c: Tensor, bias_c: Tensor | None, weight: Tensor,
+    bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The winner (R,) of the margin of each row that is ``taken``; the ranks share them where that takes less time.
+
+    Where nobody waits for it only those rows are looked at, else all of them.
+    """
+    rows = taken.nonzero().squeeze(1) if readable(taken) else torch.arange(len(taken), device=taken.device)
+    share, size = rows, collectives.size(group)
+    is_shared = Step.of(mu, len(rows), len(weight), size).search_is_shared()
+    if is_shared:
+        most = -(-len(rows) // size)
+        share = rows[collectives.rank(group) * most :][:most]
+    bias_c = None if bias_c is None else bias_c[share]
+    _, winner = steps.of(backend).margin_search(mu[share], weight_c[share], bias_c, weight, bias)
+    if is_shared:
+        winner = collectives.all_gather(torch.nn.functional.pad(winner, (0, most - len(winner))), group)[: len(rows)]
+    return winner.new_full((len(taken),), -1).index_copy_(0, rows, winner)
 
 
 def sum_over_ranks(group: Any, *tensors: Tensor) -> list[Tensor]:
@@ -167,48 +167,17 @@ def sum_over_ranks(group: Any, *tensors: Tensor) -> list[Tensor]:
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
-def checked_apart(
-    target: Tensor, input_noise: Tensor | None, num_classes: int, ignore_index: int
-) -> tuple[Tensor, Tensor]:
-    """Labels int64 (N,) of which those out of range are ignored, and what all ranks have to know (3,).
-
-    That is whether there are such labels, whether there is a noisy view, and whether there is none. A rank that raised
-    its error at once would leave the others waiting for it.
-    """
-    wrong = checks.wrong_labels(target, num_classes, ignore_index)
-    noisy = torch.full_like(wrong.any(), input_noise is not None)
-    return target.long().masked_fill(wrong, ignore_index), torch.stack((wrong.any(), noisy, ~noisy)).long()
-
-
-def refuse(report: Sequence[Tensor], target: Tensor, num_classes: int, ignore_index: int) -> None:
-    """Errors, on every rank, of what any rank has reported."""
-    wrong, noisy, clean = (of_ranks > 0 for of_ranks in report)
-    if readable(target) and wrong:
-        checks.labels(target, num_classes, ignore_index)  # names the label where it is this rank's
-    stop(wrong, IndexError, f"target: another rank has a label outside 0..{num_classes - 1}, and names it")
-    stop(noisy & clean, ValueError, "input_noise: expected a noisy view on all ranks or on none")
-
-
-def stop(problem: Tensor, error: type[Exception], message: str) -> None:
-    """An error where there is a problem; on a GPU, which nobody waits for, a device assertion."""
-    if not readable(problem):
-        torch._assert_async(~problem, message)
-    elif problem:
-        raise error(message)
-
-
 def choose(max_batch: int | None, input: Tensor, num_classes: int, group: Any) -> str:
-    """The exchange that sends fewer bytes, the same on all ranks.
+    """The exchange whose step is expected to take less time, the same on all ranks.
 
-    A step with n samples in each of w ranks sends, from each, (w - 1) / w of 16 K D bytes for "sums" of float32 and of
-    2 w n D elements for "gather". Without ``max_batch`` the ranks tell each other their n, for which the host waits; in
-    a compiled graph, where it cannot, it is "sums".
+    Without ``max_batch`` the ranks tell each other the sizes of their batches, for which the host waits; in a compiled
+    graph, where it cannot, it is "sums".
     """
     if max_batch is None:
         if torch.compiler.is_compiling():
             return "sums"
         n = torch.full((1,), input.shape[0], device=input.device)
         max_batch = int(collectives.all_reduce(n, "MAX", group))
-    wide = checks.wide_dtype(input).itemsize
-    fewer = 2 * wide * num_classes <= collectives.size(group) * max_batch * input.element_size()
-    return "sums" if fewer else "gather"
+    size = collectives.size(group)
+    step = Step.of(input, size * max_batch, num_classes, size)
+    return "sums" if step.sums() <= step.gather() else "gather"

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from robustfast import checks, functional, process_groups
-from robustfast.global_batch import EXCHANGES, Ranks, choose
+from robustfast.gathering import Ranks
+from robustfast.global_batch import EXCHANGES, choose
 from robustfast.reference import Settings, Terms
 
 
@@ -38,8 +39,8 @@ class DiscriminativeLoss(nn.Module):
             no_grad each rank's batch stands for itself.
         exchange: what the ranks of the group send each other, the same on all of them: "sums" of each class's features
             (16 K D bytes from each rank in float32, whatever the batch, and no waiting for a GPU), or "gather", the
-            samples themselves. "auto" takes what sends less for ``max_batch``, or else for the batches of the first
-            step (a compiled step without ``max_batch``: sums).
+            samples themselves. "auto" takes what is expected to take less time (docs/scaling.md) for ``max_batch``,
+            or else for the batches of the first step (a compiled step without ``max_batch``: sums).
         max_batch: no rank has more samples than this; the gathering then waits for no sizes and can be compiled or
             captured in a CUDA graph.
         return_terms: forward returns :class:`~robustfast.functional.Terms` instead of the scalar loss.

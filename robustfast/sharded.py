@@ -9,6 +9,7 @@ gradients of its own samples and of its own classes and writes its own part of t
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,11 +18,11 @@ from torch import Tensor, nn
 from robustfast import checks, collectives, functional, process_groups, reference, steps
 from robustfast.autograd import once_differentiable
 from robustfast.backends import resolve
-from robustfast.checks import wide_dtype
 from robustfast.cross_entropy import cross_entropy, linear_cross_entropy
+from robustfast.global_batch import by_rows
 from robustfast.losses import DiscriminativeLoss
-from robustfast.reference import Groups, Settings, Terms
-from robustfast.shards import Block, best_of_ranks, fetch, gather_samples
+from robustfast.reference import Settings, Terms
+from robustfast.shards import Block, best_of_ranks, gather_samples
 
 
 def discriminative_loss(
@@ -65,37 +66,14 @@ class ShardedLossFunction(torch.autograd.Function):
         ctx, backend, input, input_noise, target, weight, bias, centroids, seen, block, settings, scheduled, norm,
         update_state, ignore_index, max_batch,
     ):  # fmt: skip
-        step, s, wide = steps.of(backend), steps.as_settings(settings, scheduled), wide_dtype(input)
         with torch.autocast(input.device.type, enabled=False):
             batch = gather_samples(block, input, input_noise, target, ignore_index, max_batch)
-            f, g, labels = batch.tensors
-            groups = reference.group(labels, block.num_classes, ignore_index)
-            rows, counts = len(groups.classes), groups.counts.to(wide)
-            row = groups.slot.masked_fill(groups.slot == rows, -1)
-
-            bias_of = () if bias is None else (bias,)
-            weight_c, previous, known, *bias_c = fetch(block, groups.classes, (weight, centroids, seen, *bias_of), wide)
-            mu = step.class_sums(f, row, rows, -1)[:, :-1] / counts.clamp(min=1).unsqueeze(1)
-            centroid, tau = steps.momentum_centroids(mu, previous, known > 0, s.momentum)
-            if update_state:
-                write_block(block, groups, centroid, centroids, seen)
-
-            sample_share = groups.taken / (groups.present * counts.clamp(min=1))
-            slot, pull, pull_sum, squares = step.class_pulls(
-                f, g, row, centroid, sample_share, settings, scheduled, norm, -1
-            )
-            winner = winners(step, block, mu, weight_c, *(bias_c or (None,)), weight, bias)
-            weight_w, *bias_w = fetch(block, winner, (weight, *bias_of), wide)
-            mu_grad, boundary_grad, boundary_bias, winner, of_rows = step.finish(
-                mu, centroid, pull_sum, counts, tau, weight_c, *(bias_c or (None,)), weight_w, *(bias_w or (None,)),
-                winner, settings, scheduled, norm,
+            loss, terms, slot, pull, *rest = by_rows(
+                backend, block, partial(winners, steps.of(backend), block), *batch.tensors, weight, bias, centroids,
+                seen, settings, scheduled, norm, update_state, ignore_index,
             )  # fmt: skip
-            loss, terms = steps.total(s, squares, of_rows, 1 if input_noise is None else 2)
-
-        tables, classes = torch.stack((centroid, mu_grad, boundary_grad)), torch.stack((groups.classes.int(), winner))
         ctx.save_for_backward(
-            input, input_noise, slot[batch.mine], pull[:, batch.mine].contiguous(), tables, classes, boundary_bias,
-            weight, bias,
+            input, input_noise, slot[batch.mine], pull[:, batch.mine].contiguous(), *rest, weight, bias,
         )  # fmt: skip
         ctx.backend, ctx.block, ctx.norm = backend, block, norm
         ctx.mark_non_differentiable(terms)
@@ -126,22 +104,15 @@ class ShardedLossFunction(torch.autograd.Function):
 
 
 def winners(
-    step: Any, block: Block, mu: Tensor, weight_c: Tensor, bias_c: Tensor | None, weight: Tensor, bias: Tensor | None
-) -> Tensor:
+    step: Any, block: Block, taken: Tensor, mu: Tensor, weight_c: Tensor, bias_c: Tensor | None, weight: Tensor,
+    bias: Tensor | None,
+) -> Tensor:  # fmt: skip
     """The winner (R,) of each row's margin among the classes of all ranks, -1 where there is none."""
     if block.size:
         score, winner = step.margin_search(mu, weight_c, bias_c, weight, bias)
     else:
         score, winner = mu.new_full((len(mu),), -math.inf), mu.new_full((len(mu),), -1, dtype=torch.int32)
     return best_of_ranks(score, winner, block)
-
-
-@torch.no_grad()
-def write_block(block: Block, groups: Groups, centroid: Tensor, centroids: Tensor, seen: Tensor) -> None:
-    """The state of this rank's classes in the batch, as reference.write_state has it."""
-    if block.size:
-        place, mine = block.local(groups.classes)
-        reference.write_rows(place, mine & groups.taken, centroid, centroids, seen)
 
 
 def block_gradient(block: Block, classes: Tensor, per_row: Tensor) -> Tensor:

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from robustfast import checks, collectives
-from robustfast.global_batch import Batch, Ranks, gather_batch
+from robustfast import checks, collectives, reference
+from robustfast.gathering import Batch, Ranks, gather_batch
+from robustfast.reference import Groups
 
 
 class Block(NamedTuple):
@@ -59,6 +60,9 @@ def fetch(block: Block, ids: Tensor, tables: Sequence[Tensor], dtype: torch.dtyp
     One all-reduce of integers, in which all ranks but one add 0: the rows arrive bit for bit, nan too.
     """
     local, mine = block.local(ids)
+    if block.size == block.num_classes:
+        rows_here = [reference.read_state(table, local).to(dtype) for table in tables]
+        return [rows.masked_fill(~mine.view(-1, *(1,) * (rows.dim() - 1)), 0) for rows in rows_here]
     shapes = [(len(ids), *table.shape[1:]) for table in tables]
     widths = [table[0:0].flatten(1).shape[1] if table.dim() > 1 else 1 for table in tables]
     rows = torch.zeros(len(ids), sum(widths), dtype=dtype, device=ids.device)
@@ -68,6 +72,14 @@ def fetch(block: Block, ids: Tensor, tables: Sequence[Tensor], dtype: torch.dtyp
     bits = rows.view(torch.int64 if dtype == torch.float64 else torch.int32)
     rows = collectives.all_reduce(bits, "SUM", block.group).view(dtype)
     return [part.reshape(shape) for part, shape in zip(rows.split(widths, 1), shapes, strict=True)]
+
+
+@torch.no_grad()
+def write_block(block: Block, groups: Groups, centroid: Tensor, centroids: Tensor, seen: Tensor) -> None:
+    """The state of this rank's classes in the batch, as reference.write_state has it."""
+    if block.size:
+        place, mine = block.local(groups.classes)
+        reference.write_rows(place, mine & groups.taken, centroid, centroids, seen)
 
 
 def best_of_ranks(score: Tensor, winner: Tensor, block: Block) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from loss_cases import random_case
 
-from robustfast import DiscriminativeLoss, collectives, global_batch, process_groups
+from robustfast import DiscriminativeLoss, collectives, costs, process_groups
 
 SCRIPT = str(Path(__file__).resolve().parents[1] / "benchmarks" / "scaling.py")
 
@@ -51,7 +51,7 @@ def test_bytes_are_those_of_a_step(scaling, exchange, monkeypatch):
     monkeypatch.setattr(collectives, "all_reduce", all_reduce)
     monkeypatch.setattr(collectives, "size", lambda group: 1 if group is None else world)
     monkeypatch.setattr(collectives, "rank", lambda group: 0)
-    monkeypatch.setattr(global_batch, "SPLIT_SEARCH", {"cpu": 0})
+    monkeypatch.setitem(costs.COSTS, "cpu", costs.Costs(0, 0, 0, 0, searched=1))  # a search that the ranks share
     f, g, target, *_ = random_case(n, dtype=torch.bfloat16)
     monkeypatch.setattr(process_groups, "training_group", lambda module: "both")
     loss = DiscriminativeLoss(num_classes, dim, exchange=exchange, max_batch=n)
