@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 from weakref import WeakSet
 
@@ -128,15 +129,43 @@ def linear_cross_entropy(input, weight, target, bias, label_smoothing) -> None:
 def loss_settings(settings: Settings, norm: int, ignore_index: int = -100) -> None:
     if norm not in (1, 2):
         raise ValueError(f"norm: expected 1 or 2, got {norm!r}")
+    compiling = torch.compiler.is_compiling()
+    if compiling or not _all_finite(settings):
+        for name, value in zip(Settings._fields, settings, strict=True):
+            if not compiling or is_static(value):
+                _finite(name, value)
     if not 0 <= settings.momentum <= 1:
         raise ValueError(f"momentum: expected a number from 0 to 1, got {settings.momentum!r}")
-    compiling = torch.compiler.is_compiling()
-    if compiling or not math.isfinite(sum(settings)):  # one look at all of them, where they have values
-        for name, value in zip(Settings._fields, settings, strict=True):
-            if (not compiling or is_static(value)) and not math.isfinite(value):
-                raise ValueError(f"{name}: expected a finite number, got {value!r}")
     if not isinstance(ignore_index, int) or not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index: expected an int of 64 bits, got {ignore_index!r}")
+
+
+def _all_finite(settings: Settings) -> bool:
+    """One look at all of them; False also where one is no number."""
+    try:
+        return math.isfinite(sum(settings))
+    except TypeError:
+        return False
+
+
+def _finite(name: str, value: float) -> None:
+    try:
+        finite = math.isfinite(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected a number, got {value!r}") from None
+    if not finite:
+        raise ValueError(f"{name}: expected a finite number, got {value!r}")
+
+
+def whole(name: str, value: Any, least: int) -> int:
+    """The value as an int, which NumPy and PyTorch have of types of their own."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an int, got {value!r}") from None
+    if number < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value!r}")
+    return number
 
 
 def state(centroids: Tensor, seen: Tensor) -> None:

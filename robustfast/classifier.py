@@ -31,7 +31,8 @@ class RobustClassifier(nn.Module):
         loss = cross entropy of the views named + loss_weight * loss(f, g, labels, classifier)
 
     where f and g are the penultimate features of the clean and of the noisy view. DistributedDataParallel, FSDP and
-    torch.compile wrap this module and see one forward a step.
+    torch.compile wrap this module and see one forward a step. Views are float32, or what ``.double()``, ``.half()`` or
+    ``.bfloat16()`` made of the module.
 
     Args:
         model: maps normalised images to logits (N, K). One with timm's ``forward_features``, ``forward_head`` and
@@ -95,9 +96,8 @@ class RobustClassifier(nn.Module):
         self.concatenate, self.backend = concatenate, backend
         self.classifier_name = _find_classifier(model, classifier)
         self._asks_timm = all(hasattr(model, name) for name in ("forward_features", "forward_head", "get_classifier"))
-        self._features: Tensor | None = None
         if not self._asks_timm:
-            self.classifier.register_forward_pre_hook(self._keep_features)
+            self.classifier.register_forward_pre_hook(_keep_features)
 
     @property
     def classifier(self) -> nn.Module:
@@ -136,6 +136,7 @@ class RobustClassifier(nn.Module):
                 seed=self.seed,
                 sample_ids=sample_ids,
                 draw=draw,
+                dtype=self._mean.dtype,
                 backend=self.backend,
             )
         views = dict(zip(("clean", "noisy"), images, strict=True))
@@ -166,8 +167,8 @@ class RobustClassifier(nn.Module):
         if self._asks_timm:
             model: Any = self.model
             return Pass(model.forward_head(model.forward_features(images), pre_logits=True), None)
-        logits = self.model(images)
-        features, self._features = self._features, None
+        logits, layer = self.model(images), self.classifier
+        features = layer.__dict__.pop(KEPT, None)
         if features is None:
             raise ValueError(f"classifier: the model's forward does not call its {self.classifier_name}")
         return Pass(features, logits)
@@ -182,12 +183,17 @@ class RobustClassifier(nn.Module):
         values = F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.label_smoothing)
         return process_groups.mean(values, group, counted=labels != IGNORED)
 
-    def _keep_features(self, layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        self._features = arguments[0]
-
     def _normalized(self, images: Tensor) -> Tensor:
         pixels = images if images.is_floating_point() else images / 255
-        return (pixels - self._mean) / self._pixel_std
+        return ((pixels - self._mean) / self._pixel_std).to(self._mean.dtype)
+
+
+KEPT = "robustfast_features"  # a classifier's attribute, from when it is called to when the model has its logits
+
+
+def _keep_features(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+    """At the layer, which DataParallel's replicas have each of their own; they share hooks."""
+    layer.__dict__[KEPT] = arguments[0]
 
 
 def _find_classifier(model: nn.Module, classifier: str | nn.Module | None) -> str:

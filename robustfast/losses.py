@@ -69,12 +69,8 @@ class DiscriminativeLoss(nn.Module):
         return_terms: bool = False,
     ) -> None:
         super().__init__()
-        if num_classes < 2:
-            raise ValueError(f"num_classes: expected at least 2, got {num_classes!r}")
-        if dim < 1:
-            raise ValueError(f"dim: expected at least 1, got {dim!r}")
+        self.num_classes, self.dim = checks.whole("num_classes", num_classes, 2), checks.whole("dim", dim, 1)
         checks.loss_settings(Settings(delta_var, delta_dist, alpha, beta, gamma, momentum), norm)
-        self.num_classes, self.dim = num_classes, dim
         self.delta_var, self.delta_dist, self.norm = delta_var, delta_dist, int(norm)
         self.alpha, self.beta, self.gamma, self.momentum = alpha, beta, gamma, momentum
         self.ignore_index, self.backend = ignore_index, backend
@@ -85,7 +81,7 @@ class DiscriminativeLoss(nn.Module):
         self.process_group, self.exchange, self.max_batch = process_group, exchange, max_batch
         self._auto: str | None = None  # the exchange that the first step has chosen
         self.return_terms = return_terms
-        self.register_buffer("centroids", torch.zeros(self._classes_here(), dim, dtype=torch.float32))
+        self.register_buffer("centroids", torch.zeros(self._classes_here(), self.dim, dtype=torch.float32))
         self.register_buffer("seen", torch.zeros(self._classes_here(), dtype=torch.bool))
 
     def forward(self, input: Tensor, input_noise: Tensor | None, target: Tensor, fc: Any) -> Tensor | Terms:
@@ -149,7 +145,7 @@ class DiscriminativeLoss(nn.Module):
         if not any(name in state_dict for name in names):
             message = f"{names[0]}, {names[1]}: the checkpoint is of a model without the loss's state"
             warnings.warn(f"{message}; with strict=False it loads, and that state stays what it is", stacklevel=3)
-        elif names[0] in state_dict:  # with assign=True it would replace the state, dtype and all
+        elif isinstance(state_dict.get(names[0]), Tensor):  # with assign=True it would replace the state, dtype and all
             state_dict = {**state_dict, names[0]: state_dict[names[0]].to(self.centroids.dtype)}
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 

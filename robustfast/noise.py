@@ -170,6 +170,9 @@ def check_channels(name: str, values: Tensor | Sequence[float], images: Tensor) 
             raise TypeError(
                 f"{name}: expected a number for each of the {images.shape[1]} channels, got {values!r}"
             ) from None
+        finite = torch.compiler.is_compiling() or all(map(math.isfinite, numbers))
+        if not finite or (name == "pixel_std" and 0 in numbers):
+            raise ValueError(f"{name}: expected finite numbers, of pixel_std other than 0, got {values!r}")
         values = _channels_on(numbers, images.device)
     checks._shape(name, values, (images.shape[1],), images)
     return values.float()

@@ -7,6 +7,7 @@ those of :mod:`robustfast.functional`, which also checks them. Equations: arXiv 
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -54,7 +55,7 @@ def discriminative_loss(
 ) -> Terms:
     """See :func:`robustfast.functional.discriminative_loss`; ``settings`` are those of :class:`Settings`."""
     s = Settings(**settings)
-    with torch.autocast(input.device.type, enabled=False):
+    with no_autocast(input.device):
         dtype = centroids.dtype
         f, weight = input.to(dtype), weight.to(dtype)
         g = None if input_noise is None else input_noise.to(dtype)
@@ -70,6 +71,12 @@ def discriminative_loss(
         weighted = s.alpha * variance_.view(1) + s.beta * margin_.view(1) + s.gamma * regularization_.view(1)
     terms = (variance_, margin_, regularization_, compactness, alignment)
     return Terms(weighted.squeeze(0), *(term.detach() for term in terms))
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast switched off; there is none on the meta device."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 class Groups(NamedTuple):
@@ -259,11 +266,10 @@ def score_bounds(mu: Tensor, weight_c: Tensor, bias_c: Tensor | None, weight: Te
     if bias is not None and bias_c is not None:
         bias, bias_c = bias * scale, bias_c * scale
         logits, own_logit = logits + bias, own_logit + bias_c
-        reach += bias.abs() + bias_c.abs().unsqueeze(1)
+        reach = reach + (bias.abs() + bias_c.abs().unsqueeze(1))
     above = logits - own_logit.unsqueeze(1) + slack * reach
     squares = square + square_c
-    distance2 = squares - 2 * (weight_c @ weight.T)
-    distance2 += slack * torch.where(above > 0, -squares, squares)
+    distance2 = squares - 2 * (weight_c @ weight.T) + slack * torch.where(above > 0, -squares, squares)
     bounds = above / distance2.clamp(min=torch.finfo(mu.dtype).tiny).sqrt_()
     return bounds.masked_fill_((same_c.unsqueeze(1) == same) | (logits == -math.inf), -math.inf)
 

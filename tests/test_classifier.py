@@ -208,6 +208,37 @@ def test_models_of_libraries(library, name, classifier, dim):
     assert step.classifier.weight.grad.isfinite().all() and step.classifier.weight.grad.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["timm", "name"])
+def test_in_another_dtype(images, kind, dtype):
+    """A module that was converted makes its views in its dtype, of images of any."""
+    plain, step = (build(kind, seed=9).eval() for _ in range(2))
+    step.to(dtype)
+    tolerance = {"rtol": 0, "atol": 1e-5 if dtype == torch.float64 else 0.05}
+    for given in (images, images / 255, (images / 255).to(dtype)):
+        torch.testing.assert_close(step(given).to(torch.float32), plain(images), **tolerance)
+        torch.testing.assert_close(
+            step(given, LABELS)["logits"].to(torch.float32), plain(images, LABELS)["logits"], **tolerance
+        )
+    step.train()(images, LABELS)["loss"].backward()
+    assert step.classifier.weight.grad.dtype == dtype
+
+
+def replica_of(module):
+    """As DataParallel's replicate makes them: shallow copies, part by part, which share hooks with the original."""
+    twin = module._replicate_for_data_parallel()
+    twin._parameters = dict(module._parameters)
+    for name, part in module._modules.items():
+        setattr(twin, name, replica_of(part))
+    return twin
+
+
+def test_replicas_of_data_parallel(images):
+    step = build("name", seed=9)
+    expected = copy.deepcopy(step)(images, LABELS)["loss"]
+    assert torch.equal(replica_of(step)(images, LABELS)["loss"], expected)
+
+
 def test_mistakes_are_named():
     model = Named(models.build("small", channels=3, inter_dim=6, num_classes=4, seed=2))
     with pytest.raises(ValueError, match=r"^classifier: name the layer .* one of classifier\.0, classifier\.1\.0$"):

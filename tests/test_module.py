@@ -2,10 +2,12 @@
 
 import copy
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from loss_cases import random_case
@@ -14,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import robustfast
 from robustfast import DiscriminativeLoss
 from robustfast.backends import has_code_for
+from robustfast.reference import Settings
 
 
 def batch_and_head(device="cpu", dtype=torch.float32):
@@ -223,6 +226,31 @@ def test_labels_and_norm_of_unusual_types(loss, device):
 def test_wrong_arguments(keyword, value):
     with pytest.raises(ValueError, match=f"{keyword}: expected .*{value}"):
         DiscriminativeLoss(**{keyword: value})
+
+
+@pytest.mark.parametrize(
+    "keyword, value",
+    [("num_classes", 10.0), ("num_classes", "10"), ("dim", None), ("delta_var", "0.5"), ("beta", None), ("alpha", [1])],
+)
+def test_arguments_of_wrong_types(keyword, value):
+    with pytest.raises(TypeError, match=rf"^{keyword}: expected .*, got {re.escape(repr(value))}$"):
+        DiscriminativeLoss(**{keyword: value})
+    if keyword in Settings._fields:
+        loss = DiscriminativeLoss(7, 12)
+        setattr(loss, keyword, value)
+        with pytest.raises(TypeError, match=rf"^{keyword}: expected "):
+            loss(*batch_and_head("cpu"))
+
+
+def test_sizes_of_other_integer_types():
+    loss = DiscriminativeLoss(np.int64(7), torch.tensor(12))
+    assert loss.centroids.shape == (7, 12) and type(loss.num_classes) is type(loss.dim) is int
+
+
+def test_state_that_is_no_tensor(loss):
+    state = {name: tensor.cpu().numpy() for name, tensor in loss.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"centroids.*expected torch.Tensor .* received <class 'numpy.ndarray'>"):
+        loss.load_state_dict(state)
 
 
 def test_import_is_light():

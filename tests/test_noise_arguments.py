@@ -179,6 +179,14 @@ def test_errors_name_the_cause(noise, error, message, options):
         noise(X, options.pop("std"), **options)
 
 
+@pytest.mark.parametrize(
+    "keyword, values", [("pixel_std", (0.2, 0, 0.3)), ("pixel_std", (0.2, math.inf, 0.3)), ("mean", (math.nan, 0, 0))]
+)
+def test_channels_that_would_give_no_numbers(keyword, values):
+    with pytest.raises(ValueError, match=rf"^{keyword}: expected finite numbers, .* got \("):
+        F.noisy_pair(torch.rand(2, 3, 4, 4), 0.1, **(NORMALIZATION | {keyword: values}))
+
+
 def test_one_mean_for_all_channels_is_refused():
     for name in NORMALIZATION:
         with pytest.raises(TypeError, match=f"^{name}: expected a number for each of the 3 channels, got 0.5"):

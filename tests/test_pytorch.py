@@ -131,6 +131,27 @@ def test_torch_func_of_the_reference(update_state):
     assert not tensors[5]._version and not tensors[6]._version  # such functions have no side effects
 
 
+@pytest.mark.parametrize("batched", range(5))
+def test_vmap_of_the_reference_over_one_argument(batched):
+    """The others are the same for all: nothing may be written into what is made of those alone."""
+    tensors = [tensor.detach() for tensor in random_case(dtype=torch.float64)]
+    both = torch.stack((tensors[batched], tensors[batched].flip(0)))
+
+    def of_one(argument):
+        arguments = (*tensors[:batched], argument, *tensors[batched + 1 :])
+        return functional.discriminative_loss(*arguments, update_state=False, backend="reference").loss
+
+    torch.testing.assert_close(torch.func.vmap(of_one)(both), torch.stack([of_one(argument) for argument in both]))
+
+
+def test_meta_tensors():
+    tensors = [tensor.to("meta") for tensor in random_case()]
+    tensors[0].requires_grad_()
+    loss = functional.discriminative_loss(*tensors)
+    loss.loss.backward()
+    assert loss.loss.is_meta and tensors[0].grad.shape == tensors[0].shape
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
 def test_forward_mode_of_the_reference(dtype):
     tensors = random_case(dtype=dtype)
