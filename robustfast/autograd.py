@@ -51,12 +51,13 @@ def once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..
 class DiscriminativeLossFunction(torch.autograd.Function):
     """(loss, terms): the scalar, and (variance, margin, regularization, compactness, alignment) without gradient.
 
-    ``call`` is (backend, settings, norm, update_state, ignore_index): one argument, as autograd handles each of them.
+    ``call`` is all that has no gradient, in one argument, as autograd handles each of them: (backend, target,
+    centroids, seen, settings, scheduled, norm, update_state, ignore_index).
     """
 
     @staticmethod
-    def forward(ctx, input, input_noise, target, weight, bias, centroids, seen, scheduled, call):
-        backend, settings, norm, update_state, ignore_index = call
+    def forward(ctx, input, input_noise, weight, bias, call):
+        backend, target, centroids, seen, settings, scheduled, norm, update_state, ignore_index = call
         op = ops(backend)
         loss, terms, *saved = op.discriminative_loss(
             input, input_noise, target, weight, bias, centroids, seen, settings, scheduled, norm, update_state,
@@ -74,16 +75,14 @@ class DiscriminativeLossFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss, _):
         if grad_loss is None:
-            return (None,) * 9
-        needs = ctx.needs_input_grad
-        wanted = [needs[0], needs[1], needs[3], needs[4]]
+            return (None,) * 5
+        *wanted, _ = ctx.needs_input_grad
         input, input_noise, weight, bias, *saved = ctx.saved_tensors
         bias_dtype = weight.dtype if bias is None else bias.dtype
         grads = ctx.backward_op(
             grad_loss, input, input_noise, *saved, weight.shape[0], weight.dtype, bias_dtype, ctx.norm, wanted
         )
-        grads = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
-        return *grads[:2], None, *grads[2:], None, None, None, None
+        return *[grad if want else None for grad, want in zip(grads, wanted, strict=True)], None
 
 
 class AddNoiseFunction(torch.autograd.Function):

@@ -42,11 +42,17 @@ def classifier(fc: Any, input: Tensor, num_classes: int, dim: int) -> tuple[Tens
     """Weight and bias of the classifier of a loss for ``num_classes`` and ``dim`` features."""
     if type(fc) is not nn.Linear or "forward" in fc.__dict__:
         _affine(fc, input)
-    weight, bias = fc.weight, fc.bias
-    if input.dim() == 2 and input.shape[1] != dim:
-        raise ValueError(f"dim: the loss was made with dim={dim}, got input of {input.shape[1]} features")
-    if weight.dim() == 2 and weight.shape[0] != num_classes:
-        raise ValueError(f"num_classes: the loss was made for {num_classes}, got a classifier of {weight.shape[0]}")
+    own: dict[str, Any] = fc._parameters if type(fc) is nn.Linear else {}
+    if "weight" in own and "bias" in own:
+        weight, bias = own["weight"], own["bias"]  # where a module itself looks last and slowly
+    else:
+        weight, bias = fc.weight, fc.bias
+    if weight.shape != (num_classes, dim) or not isinstance(input, Tensor) or input.shape[1:] != (dim,):
+        _dtype("input", input, FLOATING)
+        if input.dim() == 2 and input.shape[1] != dim:
+            raise ValueError(f"dim: the loss was made with dim={dim}, got input of {input.shape[1]} features")
+        if weight.dim() == 2 and weight.shape[0] != num_classes:
+            raise ValueError(f"num_classes: the loss was made for {num_classes}, got a classifier of {weight.shape[0]}")
     return weight, bias
 
 
@@ -78,8 +84,11 @@ def _affine(fc, input: Tensor) -> None:
     _affine_modules.add(fc)
 
 
-def discriminative_loss(input, input_noise, target, weight, bias, centroids, seen, least: int = 2) -> None:
-    """``least`` classes at least, or fewer where others have them."""
+def discriminative_loss(input, input_noise, target, weight, bias, centroids, seen, least: int = 2) -> Tensor:
+    """The target of a batch as the ops take it. ``least`` classes at least, or fewer where others have them."""
+    if not torch.compiler.is_compiling() and _fit(input, input_noise, target, weight, bias, centroids, seen, least):
+        return target
+    target = integer_labels(target)
     _dtype("input", input, FLOATING)
     if input.dim() != 2:
         raise ValueError(f"input: expected shape (N, D), got {tuple(input.shape)}")
@@ -105,6 +114,49 @@ def discriminative_loss(input, input_noise, target, weight, bias, centroids, see
     _like("seen", seen, (torch.bool,), (classes,), input)
     if not (centroids.is_contiguous() and seen.is_contiguous()):
         raise ValueError("centroids, seen: expected contiguous tensors, which the step can write to")
+    return target
+
+
+def _fit(input, input_noise, target, weight, bias, centroids, seen, least: int) -> bool:
+    """Whether one look at all of them finds nothing to complain of or to convert; what there is, others find and name.
+
+    A small batch's step is so short that looking at one after the other is a noticeable part of it.
+    """
+    try:
+        dtype, shape, device, table = input.dtype, input.shape, input.device, weight.shape
+        (n, dim), (classes, width) = shape, table
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return (
+            dtype in FLOATING
+            and weight.dtype in FLOATING
+            and target.dtype in LABELS
+            and centroids.dtype == wide
+            and seen.dtype == torch.bool
+            and width == dim
+            and classes >= least
+            and target.shape == (n,)
+            and centroids.shape == table
+            and seen.shape == (classes,)
+            and target.device == weight.device == centroids.device == seen.device == device
+            and centroids.is_contiguous()
+            and seen.is_contiguous()
+            and not hasattr(weight, "full_tensor")
+            and (
+                input_noise is None
+                or (input_noise.dtype == dtype and input_noise.shape == shape and input_noise.device == device)
+            )
+            and (
+                bias is None
+                or (
+                    bias.dtype in FLOATING
+                    and bias.shape == (classes,)
+                    and bias.device == device
+                    and not hasattr(bias, "full_tensor")
+                )
+            )
+        )
+    except (AttributeError, TypeError, ValueError):  # not a tensor, or not a matrix
+        return False
 
 
 def linear_cross_entropy(input, weight, target, bias, label_smoothing) -> None:

@@ -107,8 +107,7 @@ def loss_and_terms(
 
     ``ranks`` are :class:`~robustfast.gathering.Ranks` whose batches count as one; None: this rank alone.
     """
-    target = checks.integer_labels(target)
-    checks.discriminative_loss(input, input_noise, target, weight, bias, centroids, seen)
+    target = checks.discriminative_loss(input, input_noise, target, weight, bias, centroids, seen)
     checks.loss_settings(settings, norm, ignore_index)
     norm = int(norm)
     chosen = resolve(backend, input.device.type, "discriminative_loss")
@@ -117,19 +116,17 @@ def loss_and_terms(
     moves = update_state and reference.state_moves()
     if moves:
         checks.state(centroids, seen)
-    tensors = (input, input_noise, target, weight, bias, centroids, seen)
-    if ranks is not None:
-        values, scheduled = as_arguments(settings)
-        call = (chosen, values, norm, moves, ignore_index, ranks)
-        return GlobalLossFunction.apply(*tensors, scheduled, call)
-    if chosen == "reference":
+    if ranks is None and chosen == "reference":
         checks.labels(target, weight.shape[0], ignore_index)
         loss, *terms = reference.discriminative_loss(
-            *tensors, norm=norm, update_state=moves, ignore_index=ignore_index, **settings._asdict()
-        )
+            input, input_noise, target, weight, bias, centroids, seen, norm=norm, update_state=moves,
+            ignore_index=ignore_index, **settings._asdict(),
+        )  # fmt: skip
         return loss, terms
-    values, scheduled = as_arguments(settings)
-    return autograd.DiscriminativeLossFunction.apply(*tensors, scheduled, (chosen, values, norm, moves, ignore_index))
+    call = (chosen, target, centroids, seen, *as_arguments(settings), norm, moves, ignore_index)
+    if ranks is None:
+        return autograd.DiscriminativeLossFunction.apply(input, input_noise, weight, bias, call)
+    return GlobalLossFunction.apply(input, input_noise, weight, bias, (*call, ranks))
 
 
 def as_arguments(settings: Settings) -> tuple[Sequence[float], Tensor | None]:

@@ -27,13 +27,13 @@ EXCHANGES = ("auto", "sums", "gather")
 class GlobalLossFunction(DiscriminativeLossFunction):
     """(loss, terms) of the batches of all ranks.
 
-    ``call`` is (backend, settings, norm, update_state, ignore_index, ranks). The gradients of features are multiplied
-    by the number of ranks, by which DistributedDataParallel divides what it adds up.
+    ``call`` ends with the ranks. The gradients of features are multiplied by the number of ranks, by which
+    DistributedDataParallel divides what it adds up.
     """
 
     @staticmethod
-    def forward(ctx, input, input_noise, target, weight, bias, centroids, seen, scheduled, call):
-        backend, settings, norm, update_state, ignore_index, ranks = call
+    def forward(ctx, input, input_noise, weight, bias, call):
+        backend, target, centroids, seen, settings, scheduled, norm, update_state, ignore_index, ranks = call
         arguments = (input, input_noise, target, weight, bias, centroids, seen, settings, scheduled, norm)
         loss_of = by_sums if ranks.exchange == "sums" else by_gathering
         with torch.autocast(input.device.type, enabled=False):

@@ -291,9 +291,11 @@ def state_moves() -> bool:
     """Whether a step that is to move the state does: with gradients enabled, not inside torch.func, whose functions
     have no side effects, and not in the first of the two passes of an activation checkpoint, so that the second one
     meets the same state and moves it."""
-    if torch.compiler.is_dynamo_compiling() and _in_compiled_checkpoint():
-        torch._dynamo.graph_break("a compiled checkpoint would read the state that the step has moved: not compiled")
-    return torch.is_grad_enabled() and (torch.compiler.is_compiling() or not (transformed() or _checkpointed()))
+    if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling() and _in_compiled_checkpoint():
+            torch._dynamo.graph_break("a compiled checkpoint would read the state that the step moved: not compiled")
+        return torch.is_grad_enabled()
+    return torch.is_grad_enabled() and not (torch._C._are_functorch_transforms_active() or _checkpointed())
 
 
 def _checkpointed() -> bool:

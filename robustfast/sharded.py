@@ -43,8 +43,7 @@ def discriminative_loss(
     **numbers: float,
 ) -> Terms:
     """As robustfast.functional's, of all ranks' batches; weight, bias and state are this rank's part of the classes."""
-    target = checks.integer_labels(target)
-    checks.discriminative_loss(input, input_noise, target, weight, bias, centroids, seen, least=0)
+    target = checks.discriminative_loss(input, input_noise, target, weight, bias, centroids, seen, least=0)
     settings = Settings(**numbers)
     checks.loss_settings(settings, norm, ignore_index)
     chosen = resolve(backend, input.device.type, "discriminative_loss")

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.utils.prune
 from loss_cases import random_case
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -209,6 +210,21 @@ def test_words_for_sizes_dtypes_and_labels(loss, device):
     for soft in (torch.nn.functional.one_hot(target, 7), target.float()):
         with pytest.raises(TypeError, match=r"target: expected torch.int64 or .*; soft labels are not supported"):
             loss(f, g, soft, fc)
+    for place, name in enumerate(("input", "input_noise", "target")):
+        batch: list = [f, g, target]
+        batch[place] = batch[place].tolist()
+        with pytest.raises(TypeError, match=f"^{name}: expected a tensor, got list"):
+            loss(*batch, fc)
+
+
+def test_classifier_whose_weight_is_made_anew(loss, device):
+    """Pruned, as under the older FSDP and weight norm, an nn.Linear has its weight beside its parameters."""
+    f, g, target, _ = batch_and_head(device)
+    fc = torch.nn.utils.prune.random_unstructured(torch.nn.Linear(12, 7, device=device), "weight", amount=0.5)
+    plain = SimpleNamespace(weight=fc.weight.detach(), bias=fc.bias.detach())
+    assert torch.equal(copy.deepcopy(loss)(f, g, target, fc), copy.deepcopy(loss)(f, g, target, plain))
+    loss(f, g, target, fc).backward()
+    assert fc.weight_orig.grad.any() and not fc.weight_orig.grad[fc.weight_mask == 0].any()
 
 
 def test_labels_and_norm_of_unusual_types(loss, device):
