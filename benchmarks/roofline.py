@@ -43,8 +43,8 @@ CARDS = {
 
 # From the SASS for sm_90a (docs/performance.md, "What the machine code shows").
 SEARCH_TILE = (64, 128, 32)  # rows, classes, columns of a step
-SEARCH_SHARED_CYCLES = 512 + 160  # of a step: ldmatrix and stores
-SEARCH_INSTRUCTIONS = 922 * 256  # of a tile's threads between its last product and the pairs compared directly
+SEARCH_SHARED_CYCLES = 384 + 128  # of a step: ldmatrix and stores
+SEARCH_INSTRUCTIONS = 958 * 256  # of a tile's threads between its last product and the pairs compared directly
 NOISE_INSTRUCTIONS = 44  # of an element, uint8 to bfloat16
 
 
@@ -96,7 +96,7 @@ def loss(n: int, dim: int, num_classes: int) -> list[Kernel]:
         Kernel("centroids", ("input", "state"), ("boundary_grad", "centroid", "state"), ("weight_c",)),
         Kernel(
             "margin_search", (), (), ("weight",) * row_tiles + ("boundary_grad", "weight_c"),
-            flops=6 * rows * num_classes * dim,
+            flops=4 * rows * num_classes * dim,
             tiles=row_tiles * math.ceil(num_classes / tile_classes),
             tile_cycles=steps * SEARCH_SHARED_CYCLES + SEARCH_INSTRUCTIONS // 128,
         ),

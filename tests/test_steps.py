@@ -129,6 +129,44 @@ def test_the_lowest_of_equal_winners_and_no_winner_among_equal_rows(every_backen
     assert (score == -torch.inf).all() and (winner == -1).all()
 
 
+def near_ties(count, gap, dtype, seed=0):
+    """A search of one row, in which the scores of `count` classes are the highest, `gap` times ||mu|| apart, in any
+    order. mu is what two bfloat16 represent worst, by as much as moves some scores up and some down. The classifier is
+    of `dtype`, its bias float32."""
+    generator = torch.Generator().manual_seed(seed)
+    mu = torch.full((1, 40), 1 + 2.0**-8 - 2.0**-17)
+    sides = torch.randint(2, (300, 1), generator=generator) * 2.0 - 1
+    weight = (torch.randn(300, 40, generator=generator) + sides).to(dtype)
+    own = weight[7:8].double()
+    distance = (weight.double() - own).norm(dim=1)
+    logit = ((weight.double() - own) * mu).sum(1)
+    rank, others = torch.randperm(300, generator=generator), torch.arange(300) != 7
+    score = torch.where(others, logit / distance, -torch.inf)
+    highest = torch.where(rank < count, score.max() + 1 - rank * gap * mu.norm(), score - 1)
+    bias = torch.where(others, highest * distance - logit, 0).float()
+    return mu, weight[7:8], bias[7:8], weight, bias
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("count, gap", [(2, 1e-5), (5, 1e-6), (40, 1e-6), (299, 1e-6)])
+def test_near_ties_are_decided_as_by_a_look_at_every_pair(count, gap, dtype, every_backend):
+    for seed in range(4):
+        case = near_ties(count, gap, dtype, seed)
+        _, winner = steps.of(every_backend).margin_search(*on_device(every_backend, *case))
+        assert winner.item() == steps.margin_search(*in_float64(case))[1].item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_lowest_of_many_copies_of_a_winner(dtype, every_backend):
+    rows = torch.randn(20, 40, dtype=torch.float64).to(dtype)
+    weight, wide = rows.repeat(15, 1), wide_dtype(rows)
+    mu = torch.randn(20, 40, dtype=wide)
+    case = (mu, rows.to(wide), None, weight, None)
+    _, winner = steps.of(every_backend).margin_search(*on_device(every_backend, *case))
+    expected = steps.margin_search(*in_float64(case))[1]
+    assert (expected < 20).all() and torch.equal(winner.cpu(), expected)
+
+
 def test_more_rows_than_samples(every_backend):
     """Rows are classes of a whole classifier, of which a rank has few samples or none."""
     step, row = steps.of(every_backend), torch.arange(50, device=device_of(every_backend))

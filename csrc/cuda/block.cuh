@@ -45,6 +45,18 @@ RF_DEVICE void block_sum(F (&value)[count]) {
   lanes_sums(value);
 }
 
+// The highest of the block's values, nan only if all are; every thread gets it. All threads call it.
+template <class F>
+RF_DEVICE F block_max(F value) {
+  __shared__ F of_warp[max_warps];
+  for (int step = 16; step > 0; step /= 2) value = fmax(value, __shfl_xor_sync(all_lanes, value, step));
+  __syncthreads();  // of an earlier call's reads
+  if (lane_id() == 0) of_warp[warp_id()] = value;
+  __syncthreads();
+  for (int w = 0; w < num_warps(); ++w) value = fmax(value, of_warp[w]);
+  return value;
+}
+
 // The sum over the threads before this one; `total` gets that over all. All threads call it.
 template <class I>
 RF_DEVICE I block_scan(I value, I& total) {

@@ -55,25 +55,28 @@ RF_DEVICE void finish_centroid(const Loss<Wide>& a, const Workspace<Wide>& w, co
   const bool seen = a.seen[c];
   const Wide samples = Wide(chunk.count());
   Wide *centroid = a.centroid + chunk.row * a.dim, *state = a.centroids + c * a.dim;
-  Wide sums[4] = {0, 0, 0, 0};  // terms of ||m_c||, W_c . mu_c, ||W_c||^2, coordinates that are not finite
+  constexpr int length = row_sum::count, infinite = length + 1;
+  Wide sums[infinite + 1] = {};  // what the search takes; terms of ||m_c||; coordinates of it that are not finite
+  LowOf<Wide>* low = sizeof(Wide) == 4 ? w.search.low + chunk.row * a.dim : nullptr;
 #pragma unroll 1
   for (int64_t d = first; d < a.dim; d += step) {
     auto mean = load_pack<count>(mu, d, a.dim), blended = load_pack<count>(state, d, a.dim);
     const auto own = load_elements<Wide, count>(a.weight, c, d);
+    Pack<LowOf<Wide>, count> rounded;
     RF_UNROLL
     for (int k = 0; k < count; ++k) {
       mean.value[k] /= samples;
       blended.value[k] = momentum_centroid(mean.value[k], blended.value[k], seen, a.momentum);
-      sums[0] += norm_term<norm>(blended.value[k]);
-      sums[1] += own.value[k] * mean.value[k];
-      sums[2] += own.value[k] * own.value[k];
-      sums[3] += Wide(!is_finite(blended.value[k]));
+      sums[length] += norm_term<norm>(blended.value[k]);
+      sums[infinite] += Wide(!is_finite(blended.value[k]));
+      rounded.value[k] = add_coordinate(own.value[k], mean.value[k], sums);
     }
+    if (low) store_pack<Reuse::soon>(low, d, a.dim, rounded);
     store_pack<Reuse::soon>(mu, d, a.dim, mean);
     store_pack<Reuse::soon>(centroid, d, a.dim, blended);
   }
   block_sum(sums);
-  const bool writes = a.update_state && sums[3] == Wide(0);
+  const bool writes = a.update_state && sums[infinite] == Wide(0);
   if (writes) {
     for (int64_t d = first; d < a.dim; d += step) {
       store_pack<Reuse::soon>(state, d, a.dim, load_pack<count>(centroid, d, a.dim));
@@ -81,10 +84,9 @@ RF_DEVICE void finish_centroid(const Loss<Wide>& a, const Workspace<Wide>& w, co
   }
   if (threadIdx.x != 0) return;
   w.counts[chunk.row] = samples;
-  w.length[chunk.row] = length_of<norm>(sums[0]);
+  w.length[chunk.row] = length_of<norm>(sums[length]);
   w.tau[chunk.row] = momentum_tau(seen, a.momentum);
-  w.search.own_logit[chunk.row] = sums[1] + (a.bias.data ? element<Wide>(a.bias, c) : Wide(0));
-  w.search.own_square[chunk.row] = sums[2];
+  w.search.set_row(chunk.row, sums);
   if (writes) a.seen[c] = true;
 }
 

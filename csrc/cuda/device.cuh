@@ -35,6 +35,10 @@ RF_DEVICE uint64_t load8(const void* from) {
   return uint64_t(value.y) << 32 | value.x;
 }
 
+RF_DEVICE void store8(void* to, uint64_t value) {
+  *static_cast<uint2*>(to) = make_uint2(uint32_t(value), uint32_t(value >> 32));
+}
+
 RF_DEVICE Vector16 load16(const void* from) {
   const uint4 value = *static_cast<const uint4*>(from);
   return {{value.x, value.y, value.z, value.w}};

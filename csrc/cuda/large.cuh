@@ -1,7 +1,7 @@
-// The loss of large problems, in five launches beside the sort of the labels if that does not fit one block:
+// The loss of large problems, in six launches beside the sort of the labels if that does not fit one block:
 //   prepare        rows of the batch, squared norms of the classifier's rows
 //   centroids      mu_c, m_c, the state, the regularization of each row
-//   margin_search  the winner of each row, by matrix products
+//   margin_search  the winner of each row, in two: by matrix products, and from what these leave
 //   variance       distances, pulls and their sums
 //   finish         the margin's boundaries, all that a row gives to terms and gradients
 #pragma once

@@ -17,7 +17,6 @@ __global__ void __launch_bounds__(group_threads, 1)
     group_in_block(SampleClasses{a.target, a.num_classes, a.ignore_index}, w.groups);
   } else {
     const int64_t block = int64_t(blockIdx.x) - sorts, blocks = gridDim.x - sorts, warps = group_threads / 32;
-    w.search.clear_arrivals(block * group_threads + threadIdx.x, blocks * group_threads);
     squared_norms(w.search, block * warps + warp_id(), blocks * warps);
   }
 }

@@ -60,6 +60,10 @@ RF_DEVICE void store_pack(T* row, int64_t column, int64_t dim, const Pack<T, cou
   if (column >= dim) return;
   if constexpr (count == 1) {
     row[column] = pack.value[0];
+  } else if constexpr (Pack<T, count>::words == 0) {
+    uint64_t word;
+    memcpy(&word, &pack, sizeof(word));
+    store8(row + column, word);
   } else {
     Vector16 word[Pack<T, count>::words];
     memcpy(word, &pack, sizeof(pack));

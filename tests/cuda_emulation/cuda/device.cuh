@@ -32,6 +32,10 @@ RF_DEVICE uint64_t load8(const void* from) {
   memcpy(&value, from, 8);
   return value;
 }
+RF_DEVICE void store8(void* to, uint64_t value) {
+  check_alignment(to, 8);
+  memcpy(to, &value, 8);
+}
 RF_DEVICE Vector16 load16(const void* from) {
   check_alignment(from);
   Vector16 value;
@@ -116,6 +120,20 @@ RF_DEVICE void load_matrices(uint32_t (&fragment)[4], const uint16_t* row) {
   for (unsigned j = 0; j < 4; ++j) memcpy(&fragment[j], rows[8 * j + lane / 4] + 2 * (lane % 4), 4);
 }
 
+// sum + eight products as the matrix units of an A100 add them: all aligned to the largest, of which what is below
+// 2^-24 is cut off, and so is what the new sum does not hold.
+inline float add_aligned(float sum, const float (&product)[8]) {
+  float largest = std::abs(sum);
+  double exact = sum;
+  for (float x : product) largest = std::max(largest, std::abs(x)), exact += x;
+  if (largest == 0 || !std::isfinite(exact)) return float(exact);
+  const double unit = std::ldexp(1.0, std::ilogb(largest) - 24);
+  double total = std::trunc(sum / unit);
+  for (float x : product) total += std::trunc(x / unit);
+  const float rounded = float(total * unit);
+  return std::abs(double(rounded)) > std::abs(total * unit) ? std::nextafter(rounded, 0.0f) : rounded;
+}
+
 // PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type": A (16, 16) by rows, B (16, 8) by columns.
 RF_DEVICE void multiply_add(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   struct A {
@@ -134,13 +152,15 @@ RF_DEVICE void multiply_add(float (&sum)[4], const uint32_t (&a)[4], const uint3
   const unsigned lane = emulation::lane();
   for (unsigned c = 0; c < 4; ++c) {
     const unsigned row = lane / 4 + 8 * (c / 2), column = 2 * (lane % 4) + c % 2;
-    float total = sum[c];
-    for (unsigned k = 0; k < 16; ++k) {
-      const A from_a = all_a[4 * (row % 8) + k % 8 / 2];
-      const B from_b = bs[4 * column + k % 8 / 2];
-      total += half(from_a.word[row / 8 + 2 * (k / 8)], k % 2) * half(from_b.word[k / 8], k % 2);
+    for (unsigned first = 0; first < 16; first += 8) {
+      float product[8];
+      for (unsigned k = 0; k < 8; ++k) {
+        const A from_a = all_a[4 * (row % 8) + k / 2];
+        const B from_b = bs[4 * column + k / 2];
+        product[k] = half(from_a.word[row / 8 + first / 4], k % 2) * half(from_b.word[first / 8], k % 2);
+      }
+      sum[c] = add_aligned(sum[c], product);
     }
-    sum[c] = total;
   }
 }
 
