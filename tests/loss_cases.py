@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from robustfast import functional
-from robustfast.backends import home
+from robustfast.backends import home, ops
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = sorted(path.stem for path in DATA.glob("*.npz"))
@@ -106,3 +106,39 @@ def assert_matches_float64(tensors, backend, **keywords):
         narrow = torch.finfo(torch.float32).eps if actual[name].dtype == torch.float32 else 0.0
         relative = RELATIVE[wide] + max(narrow, rounding(actual[name].dtype, backend))
         assert_close(actual, {name: value}, relative, 1e-12)
+
+
+def search_cases(rows, dim, classes):
+    """(name, mu, weight, bias) of float32, hard for a search by bounds; the rows of mu are of the first classes."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    mu, weight, bias, row = normal(rows, dim), normal(classes, dim), normal(classes), normal(dim)
+    sign = torch.where(torch.arange(classes) % 3 == 0, -1.0, 1.0).unsqueeze(1)
+    column = torch.zeros(dim).index_fill(0, torch.tensor([dim // 2]), 1000.0)
+    sizes = torch.tensor([1e-39, 1e-21, 1.0, 3e19])[torch.arange(classes) % 4].unsqueeze(1)
+    yield "random", mu, weight, bias
+    yield "entries far from all others", mu + column, weight + sign * column, bias
+    yield "rows near one row", mu, 10 * row + 1e-2 * weight, bias
+    yield "rows all but one row", mu, row + 1e-6 * weight, bias
+    yield "rows near two", mu, sign * row + 1e-3 * weight, torch.zeros(classes)
+    yield "sizes", mu, sizes * weight, bias
+    yield "zeros", mu * (mu[:, :1] > 0), weight * (weight[:, :1] > 0), torch.zeros(classes)
+    yield "ties", mu.sign(), weight.round().clamp(-1, 1), torch.zeros(classes)
+    yield "not finite", *(t.masked_fill(t > 3, torch.inf).masked_fill(t < -3, torch.nan) for t in (mu, weight, bias))
+
+
+def assert_search_looks_at_every_pair():
+    """The margin's search on the CPU against itself row by row, where so few pairs are compared one by one."""
+    search = ops("cpu").margin_search
+    for rows, dim, classes in ((30, 1, 200), (17, 70, 1000), (5, 8191, 300)):
+        for name, mu, weight, bias in search_cases(rows, dim, classes):
+            for dtype in (torch.float32, torch.float64, torch.bfloat16):
+                w, b = weight.to(dtype), bias.to(dtype)
+                points = mu.double() if dtype == torch.float64 else mu
+                actual = search(points, w[:rows], b[:rows], w, b)
+                single = [search(*(t[r : r + 1] for t in (points, w, b)), w, b) for r in range(rows)]
+                for a, e in zip(actual, map(torch.cat, zip(*single, strict=True)), strict=True):
+                    torch.testing.assert_close(a, e, rtol=0, atol=0, equal_nan=True, msg=f"{name}, {dtype}, D={dim}")

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from loss_cases import assert_close, in_float64, random_case, run
+from loss_cases import assert_close, assert_search_looks_at_every_pair, in_float64, random_case, run
 
 from robustfast import backends, functional
 from robustfast.backends import ops
@@ -158,10 +158,21 @@ def test_skewed_labels_and_thread_counts():
     assert_close(of_threads(tensors), run(in_float64(tensors), "reference"), 1e-5)
 
 
+def test_the_search_is_a_look_at_every_pair():
+    """Bit for bit, with any number of threads, also where the rows' rounding hides what tells pairs apart."""
+    before = torch.get_num_threads()
+    try:
+        for count in (1, 2, 7):
+            torch.set_num_threads(count)
+            assert_search_looks_at_every_pair()
+    finally:
+        torch.set_num_threads(before)
+
+
 INSTRUCTION_SETS = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
-from loss_cases import assert_close, random_case, run
+from loss_cases import assert_close, assert_search_looks_at_every_pair, random_case, run
 from robustfast import _C
 assert _C.build_info()["instruction_set"] == sys.argv[2], _C.build_info()
 for dtype, relative in ((torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)):
@@ -169,6 +180,7 @@ for dtype, relative in ((torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bf
         tensors = random_case(n, dim, classes, dtype=dtype)
         wide = [t.double() if t.is_floating_point() else t for t in tensors]
         assert_close(run(tensors, "cpu"), run(wide, "reference"), relative)
+assert_search_looks_at_every_pair()
 """
 
 

@@ -12,6 +12,9 @@
 #include <limits>
 #include <memory>
 #include <vector>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include "common/matrix.h"
 #include "cpu/isa.h"

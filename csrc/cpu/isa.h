@@ -13,6 +13,7 @@ const std::vector<Isa>& available_isas();
 // The best one, or that named in the environment variable ROBUSTFAST_CPU_ISA. Throws std::invalid_argument where this
 // processor has none of that name.
 Isa active_isa();
+bool has_vnni();  // the sums of products of AVX512-VNNI
 const char* name(Isa isa);
 
 }  // namespace robustfast

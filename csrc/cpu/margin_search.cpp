@@ -1,10 +1,10 @@
 // The search of the margin: for each class c of the batch, the class i whose boundary with c scores highest,
 //   ((W_i - W_c) . mu_c + b_i - b_c) / ||W_i - W_c||.
 //
-// Both products, W_i . mu_c and W_i . W_c, come from one pass over W in tiles. Most pairs cannot win, and that shows
-// before their distance is known: the second product is taken over the first columns only, the rest of it bounded by
-// Cauchy-Schwarz, and with it the score. Pairs that can win are looked at one by one, with the distance computed
-// directly. The bounds include the rounding of the products, so the winner is that of a look at every pair.
+// Both products, W_i . mu_c and W_i . W_c, come from one pass over W in tiles, of whole numbers that stand for the
+// rows: their sums are exact, and what rounding the rows to them can change is bounded by Cauchy-Schwarz. Nearly all
+// pairs are ruled out by these bounds; the others are looked at one by one, from the difference of the rows. The bounds
+// include the rounding of that, so the winner is that of a look at every pair.
 #ifndef RF_ISA
 
 #define RF_KERNEL "cpu/margin_search.cpp"
@@ -36,24 +36,13 @@ template void margin_search(const double*, const ClassifierRows&, const Matrix&,
 namespace robustfast {
 namespace RF_ISA {
 
-template <class T, class F>
-F dot(const T* x, const F* y, int64_t size) {
-  F first = size % 2 ? F(to_float(x[size - 1])) * y[size - 1] : F(0), second = 0;  // two sums wait for each other less
-  const int64_t half = size / 2;
-#pragma omp simd reduction(+ : first, second)
-  for (int64_t d = 0; d < half; ++d) {
-    first += F(to_float(x[d])) * y[d];
-    second += F(to_float(x[half + d])) * y[half + d];
-  }
-  return first + second;
-}
-
-template <class F, class T>
-F square_norm(const T* x, int64_t begin, int64_t end) {
-  F total = 0;
-#pragma omp simd reduction(+ : total)
-  for (int64_t d = begin; d < end; ++d) total += F(to_float(x[d])) * F(to_float(x[d]));
-  return total;
+// (x - origin) . y
+template <class F>
+F dot(const F* x, const F* origin, const F* y, int64_t dim) {
+  F sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t d = 0; d < dim; ++d) sum += (x[d] - origin[d]) * y[d];
+  return sum;
 }
 
 // How far off the sums of products in a bound may be where products are too small for F.
@@ -62,47 +51,13 @@ F underflow(int64_t dim) {
   return F(4 * dim + 16) * std::numeric_limits<F>::min();
 }
 
-// The second product is taken over more and more columns: for every pair up to the first of these cuts, then for those
-// that still can win up to the next one.
-struct Cuts {
-  static constexpr int count = 3;
-  int64_t at[count];
-
-  explicit Cuts(int64_t dim) {
-    const int64_t first = dim < 1024 ? 5 : 3;  // eighths; more where to look at a pair costs more than the product
-    for (int k = 0; k < count; ++k) at[k] = dim < 64 ? dim : std::min(dim, dim * (first + 2 * k) / 8);
-  }
-};
-
-// What the bounds take of a row of W.
-template <class F>
-struct Norms {
-  F square, norm, bias;  // ||W_i||^2, ||W_i|| or more, |b_i|
-  F rest[Cuts::count];   // the norm of the columns from each cut on, or more
-
-  template <class T>
-  static Norms of(const T* w, const Cuts& cuts, int64_t dim, F bias) {
-    Norms norms;
-    F square = 0;
-    for (int k = Cuts::count; k-- > 0;) {
-      square += square_norm<F>(w, cuts.at[k], k + 1 < Cuts::count ? cuts.at[k + 1] : dim);
-      norms.rest[k] = std::sqrt(square + underflow<F>(dim));
-    }
-    norms.square = square + square_norm<F>(w, 0, cuts.at[0]);
-    norms.norm = std::sqrt(norms.square + underflow<F>(dim));
-    norms.bias = std::abs(bias);
-    return norms;
-  }
-};
-
 // What the search knows of a row and its class c.
 template <class F>
 struct Row {
-  int32_t c;    // OwnRows::index
-  F own_logit;  // W_c . mu_c + b_c
-  F mu;         // ||mu_c||, or more
-  bool level;   // all its scores are 0
-  Norms<F> own;
+  int32_t c;             // OwnRows::index
+  bool level;            // all its scores are 0
+  Quantized<F> mu, own;  // of mu_c, W_c
+  F above;               // what a pair's logit may be more than W_i . mu_c + b_i, beside what W_i adds
 };
 
 // The score that a pair has to beat. Bounds come as squares, so no root is taken.
@@ -126,31 +81,26 @@ struct Target {
   }
 };
 
-// W_c and b_c of each row in F; rows that are in F already stay where they are.
+// W_c and b_c of each row in F.
 template <class F>
 struct OwnRows {
   ClassifierRows rows;
   int64_t dim;
-  std::vector<F> wide;
-
-  OwnRows(const ClassifierRows& rows, int64_t present, int64_t dim) : rows(rows), dim(dim) {
-    visit_features<F>(rows.weight.dtype, [&](auto zero) {
-      using T = decltype(zero);
-      if constexpr (!std::is_same_v<T, F>) {
-        wide.resize(present * dim);
-        parallel_for(0, present, 1 + 32768 / std::max<int64_t>(1, dim), [&](int64_t from, int64_t to) {
-          for (int64_t row = from; row < to; ++row) {
-            widen(rows.weight.template row<T>(rows.at(row)), dim, &wide[row * dim]);
-          }
-        });
-      }
-    });
-  }
 
   int32_t index(int64_t row) const { return rows.index ? rows.index[row] : -1; }  // where W has it, if that is known
   F bias(int64_t row) const { return bias_at<F>(rows, row); }
-  const F* weight(int64_t row) const {
-    return wide.empty() ? rows.weight.template row<F>(rows.at(row)) : &wide[row * dim];
+  // In `space` (dim,), unless it is in F already.
+  const F* weight(int64_t row, F* space) const {
+    const F* found = space;
+    visit_features<F>(rows.weight.dtype, [&](auto zero) {
+      const auto* w_c = rows.weight.template row<decltype(zero)>(rows.at(row));
+      if constexpr (std::is_same_v<decltype(zero), F>) {
+        found = w_c;
+      } else {
+        widen(w_c, dim, space);
+      }
+    });
+    return found;
   }
 };
 
@@ -159,8 +109,6 @@ struct Search {
   const F* mus;
   Matrix weights;
   int64_t present, dim, num_classes;
-  Cuts cuts;
-  int64_t head;           // the first cut
   F slack, tiny;          // bounds of the error of a dot product, and of what is made of it: relative, absolute
   std::vector<F> biases;  // none if there is no bias
   OwnRows<F> own;
@@ -172,27 +120,26 @@ struct Search {
         present(present),
         dim(dim),
         num_classes(num_classes),
-        cuts(dim),
-        head(cuts.at[0]),
         slack(F(dim + 16) * std::numeric_limits<F>::epsilon()),
         tiny(underflow<F>(dim)),
         biases(bias ? num_classes : 0),
-        own(own, present, dim) {
+        own{own, dim} {
     if (!bias) return;
     visit(bias.dtype, [&](auto zero) {
       for (int64_t i = 0; i < num_classes; ++i) biases[i] = F(to_float(*bias.row<decltype(zero)>(i)));
     });
   }
 
+  int64_t pairs() const { return (dim + 1) / 2; }
   const T* weight(int64_t i) const { return weights.template row<T>(i); }
   F bias(int64_t i) const { return biases.empty() ? F(0) : biases[i]; }
   const F* mu(int64_t row) const { return mus + row * dim; }
 
   // The pair's score, computed directly: what the rounding of the products hides, the difference of the rows shows.
   // Whether there is a boundary: not between equal rows.
-  bool look_at(int64_t row, int64_t i, Best<F>& best) const {
+  bool look_at(int64_t row, const F* w_c, int64_t i, Best<F>& best) const {
     const F bias_difference = bias(i) - own.bias(row);
-    const Boundary<F> found = boundary(weight(i), own.weight(row), mu(row), bias_difference, dim);
+    const Boundary<F> found = boundary(weight(i), w_c, mu(row), bias_difference, dim);
     if (found.distance != F(0)) best.consider(found.score, int32_t(i));
     return found.distance != F(0);
   }
@@ -203,47 +150,65 @@ struct Search {
 template <class T, class F>
 std::vector<Best<F> > look_at_all(const Search<T, F>& search) {
   std::vector<Best<F> > best(search.present, Best<F>::none());
+  std::vector<F> space(search.dim);
   for (int64_t row = 0; row < search.present; ++row) {
+    const F* w_c = search.own.weight(row, space.data());
     for (int64_t i = 0; i < search.num_classes; ++i) {
-      if (i != search.own.index(row)) search.look_at(row, i, best[row]);
+      if (i != search.own.index(row)) search.look_at(row, w_c, i, best[row]);
     }
   }
   return best;
 }
 
+// Where rows of W are taken from, since only their differences count: the median of three of them, if it is much nearer
+// to these than 0. What all rows have in common would only be rounded.
+template <class T, class F>
+std::vector<F> origin_of(const Search<T, F>& search) {
+  const int64_t dim = search.dim, quarter = search.num_classes / 4;
+  const T *const a = search.weight(quarter), *const b = search.weight(2 * quarter), *c = search.weight(3 * quarter);
+  std::vector<F> zeros(dim), median(dim);
+  for (int64_t d = 0; d < dim; ++d) {
+    const F x = F(to_float(a[d])), y = F(to_float(b[d])), z = F(to_float(c[d]));
+    median[d] = std::max(std::min(x, y), std::min(std::max(x, y), z));
+  }
+  for (const T* row : {a, b, c}) {
+    if (!(square_distance(row, median.data(), dim) < square_distance(row, zeros.data(), dim) / 4)) return zeros;
+  }
+  return median;
+}
+
 // W_i for one panel of classes, by columns, and what bounds their scores.
 template <class F>
 struct Panel {
-  static constexpr int columns = Tile<F>::columns;
+  static constexpr int columns = Tile::columns;
   int64_t first;
   int size;
-  Lines<F> data;  // (dim, columns)
-  F square[columns], norm[columns], bias[columns], rest[Cuts::count][columns];
+  Lines<Pair> data;                                                  // (pairs, columns)
+  F scale[columns], square[columns], norm[columns], error[columns];  // as Quantized has them
+  F bias[columns], above[columns];  // b_i, and what a logit may be more than W_i . mu_c for it
 
-  const F* at(int64_t d) const { return data[0].values + d * columns; }
+  const Pair* at(int64_t d) const { return data[0].values + d * columns; }
+  int64_t class_of(int i) const { return first + std::min(i, size - 1); }  // the last one fills the panel
 
+  // `space` is for (columns, pairs).
   template <class T>
-  void pack(const Search<T, F>& search, int64_t begin_class) {
+  void pack(const Search<T, F>& search, const F* origin, int64_t begin_class, Pair* space) {
+    const int64_t pairs = search.pairs();
     first = begin_class;
     size = int(std::min<int64_t>(columns, search.num_classes - first));
-    if (!data) data = lines<F>(search.dim * columns);
-    F* const packed = data[0].values;
-    constexpr int64_t block = 16;  // columns that stay in the first cache while all rows are written to them
-    for (int64_t begin = 0; begin < search.dim; begin += block) {
-      const int64_t end = std::min(begin + block, search.dim);
-      for (int i = 0; i < columns; ++i) {
-        const T* w = search.weight(first + std::min(i, size - 1));
-        for (int64_t d = begin; d < end; ++d) packed[d * columns + i] = F(to_float(w[d]));
-      }
-    }
+    if (!data) data = lines<Pair>(pairs * columns);
     for (int i = 0; i < columns; ++i) {
-      const int64_t c = first + std::min(i, size - 1);
-      const Norms<F> norms = Norms<F>::of(search.weight(c), search.cuts, search.dim, search.bias(c));
-      square[i] = norms.square;
-      norm[i] = norms.norm;
-      for (int k = 0; k < Cuts::count; ++k) rest[k][i] = norms.rest[k];
+      const int64_t c = class_of(i);
+      const Quantized<F> row =
+          quantize(search.weight(c), origin, search.dim, search.slack, search.tiny, space + i * pairs);
+      scale[i] = row.scale;
+      square[i] = row.square;
+      norm[i] = row.norm;
+      error[i] = row.error;
       bias[i] = search.bias(c);
+      above[i] = bias[i] + search.slack * std::abs(bias[i]);
     }
+    interleave<columns>(space, pairs, pairs, data[0].values);
   }
 };
 
@@ -258,191 +223,182 @@ struct Twins {
   void add(int64_t row, int64_t c) { of_row[row] = of_class[c] = std::min(of_row[row], of_class[c]); }
 };
 
-// More than the logit of a row's pair with class i of a panel, less that of its own class.
+// What the sum of whole numbers stands for.
 template <class F>
-RF_INLINE F bound(const Panel<F>& panel, const Row<F>& row, int i, F logit, const Target<F>& target) {
-  const F error = target.slack * (row.mu * (panel.norm[i] + row.own.norm) + std::abs(panel.bias[i]) + row.own.bias);
-  return logit + panel.bias[i] - row.own_logit + (error + target.tiny);
+RF_INLINE F product_of(int32_t sum, F scale, const Quantized<F>& row) {
+  return F(sum) * scale * row.scale;
 }
 
-// Which pairs of one row with a panel may beat the target: possible[i], 0 or 1, and how many they are.
-// `product` is W_i . W_c over some columns, `rest_c` the norm of W_c over the others, `rests` that of each W_i.
+// How far off that may be.
 template <class F>
-int find_possible(const Panel<F>& panel, const Row<F>& row, const Target<F>& target, const F* logit, const F* product,
-                  F rest_c, const F* rests, IntegerOf<F>* possible) {
-  const Target<F> t = target;
-  IntegerOf<F> count = 0;
-#pragma omp simd reduction(+ : count)
-  for (int i = 0; i < Panel<F>::columns; ++i) {
-    const F above = bound(panel, row, i, logit[i], t);
-    possible[i] = !t.out_of_reach(above, panel.square[i] + row.own.square, product[i], rests[i] * rest_c);
-    count += possible[i];
-  }
-  return int(count);
+RF_INLINE F error_of(F norm, F error, const Quantized<F>& row) {
+  return norm * row.error + error * row.norm;
+}
+
+// Whether the pair of a row with class i of a panel may beat the target, by the sums of whole numbers for
+// W_i . mu_c and W_i . W_c.
+template <class F>
+RF_INLINE bool can_win(const Panel<F>& panel, const Row<F>& row, const Target<F>& target, int i, int32_t logit,
+                       int32_t product) {
+  const F scale = panel.scale[i], norm = panel.norm[i], error = panel.error[i];
+  const F above = product_of(logit, scale, row.mu) + panel.above[i] + (row.above + error_of(norm, error, row.mu));
+  return !target.out_of_reach(above, panel.square[i] + row.own.square, product_of(product, scale, row.own),
+                              error_of(norm, error, row.own));
 }
 
 // The search by bounds, with what it needs of each row, packed once for all panels.
 template <class T, class F>
 struct BoundedSearch {
   const Search<T, F>& search;
-  PackedRows<F> mu, head;  // mu_c, and W_c up to the first cut
+  std::vector<F> zeros, origin;
+  PackedRows mu, own;
   std::vector<Row<F> > rows;
 
   explicit BoundedSearch(const Search<T, F>& search)
-      : search(search), mu(search.present, search.dim), head(search.present, search.head), rows(search.present) {
+      : search(search),
+        zeros(search.dim),
+        origin(origin_of(search)),
+        mu(search.present, search.pairs()),
+        own(search.present, search.pairs()),
+        rows(mu.tiles * Tile::rows) {
     const bool level =
         std::all_of(search.biases.begin(), search.biases.end(), [&](F bias) { return bias == search.biases[0]; });
     parallel_for(0, mu.tiles, 1 + 4096 / std::max<int64_t>(1, search.dim), [&](int64_t from, int64_t to) {
-      for (int64_t tile = from; tile < to; ++tile) prepare(tile, level);
+      const Lines<Pair> q = lines<Pair>(2 * Tile::rows * search.pairs());
+      std::vector<F> space(search.dim);
+      for (int64_t tile = from; tile < to; ++tile) prepare(tile, level, q[0].values, space.data());
     });
   }
 
-  void prepare(int64_t tile, bool level) {
-    const int64_t first = tile * Tile<F>::rows, dim = search.dim;
-    for (int64_t row = first; row < first + mu.rows_of(tile); ++row) {
-      const F *w_c = search.own.weight(row), *mu_c = search.mu(row), bias = search.own.bias(row);
-      rows[row] = {search.own.index(row), dot(w_c, mu_c, dim) + bias,
-                   std::sqrt(square_norm<F>(mu_c, 0, dim) + search.tiny),
-                   level && bias == search.bias(0) && std::all_of(mu_c, mu_c + dim, [](F x) { return x == F(0); }),
-                   Norms<F>::of(w_c, search.cuts, dim, bias)};
+  int rows_of(int64_t tile) const { return int(std::min<int64_t>(Tile::rows, search.present - tile * Tile::rows)); }
+
+  // `q` is space for the whole numbers of a tile's mu_c and W_c, `space` for one row.
+  void prepare(int64_t tile, bool level, Pair* q, F* space) {
+    const int64_t first = tile * Tile::rows, dim = search.dim, pairs = search.pairs();
+    Pair* const own_q = q + Tile::rows * pairs;
+    for (int r = 0; r < Tile::rows; ++r) {
+      const int64_t row = std::min(first + r, search.present - 1);  // the last one fills the tile
+      const F *mu_c = search.mu(row), *w_c = search.own.weight(row, space), bias = search.own.bias(row);
+      Row<F>& known = rows[first + r];
+      known.c = search.own.index(row);
+      known.level = level && bias == search.bias(0) && std::all_of(mu_c, mu_c + dim, [](F x) { return x == F(0); });
+      known.mu = quantize(mu_c, zeros.data(), dim, search.slack, search.tiny, q + r * pairs);
+      known.own = quantize(w_c, origin.data(), dim, search.slack, search.tiny, own_q + r * pairs);
+      known.above = search.slack * (known.mu.norm * known.own.norm + std::abs(bias)) + search.tiny -
+                    (dot(w_c, origin.data(), mu_c, dim) + bias);
+      known.mu.error += search.slack * known.mu.norm;  // the rounding of the pair's logit
     }
-    mu.pack(tile, [&](int r) { return search.mu(first + r); });
-    head.pack(tile, [&](int r) { return search.own.weight(first + r); });
+    mu.pack(tile, q);
+    own.pack(tile, own_q);
   }
 
   void look_in_panels(int64_t from, int64_t to, Best<F>* best) const;
-  void look_in_tile(int64_t tile, const Panel<F>& panel, const F* logits, F* products, F* rest, Best<F>* best,
-                    Twins& twins) const;
-  void look_at_highest(int64_t tile, const std::vector<Panel<F> >& panels, const F* logits, Best<F>* best) const;
-  bool can_win(int64_t row, const Panel<F>& panel, int i, F logit, F product, const Best<F>& best) const;
+  void look_in_tile(int64_t tile, const Panel<F>& panel, const int32_t* logits, const int32_t* products, F* space,
+                    Best<F>* best, Twins& twins) const;
+  void look_at_highest(int64_t row, const std::vector<Panel<F> >& panels, const int32_t* logits, F* space,
+                       Best<F>& best) const;
 };
 
-// Looks at the pair with the highest logit of each row of a tile; should that be the class itself, at the next one.
+// Looks at the pair with the highest logit of a row; should that be the class itself, at the next one.
 template <class T, class F>
-void BoundedSearch<T, F>::look_at_highest(int64_t tile, const std::vector<Panel<F> >& panels, const F* logits,
-                                          Best<F>* best) const {
-  constexpr int columns = Tile<F>::columns;
-  const int64_t row = tile * Tile<F>::rows;
-  for (int r = 0; r < mu.rows_of(tile); ++r) {
-    int64_t highest[2] = {-1, -1};
-    F most[2] = {0, 0};
-    for (size_t p = 0; p < panels.size(); ++p) {
-      const F* logit = logits + (p * Tile<F>::rows + r) * columns;
-      for (int i = 0; i < panels[p].size; ++i) {
-        const F value = logit[i] + panels[p].bias[i];
-        if ((highest[1] >= 0 && !(value > most[1])) || panels[p].first + i == rows[row + r].c) continue;
-        highest[1] = panels[p].first + i;
-        most[1] = value;
-        if (highest[0] >= 0 && !(value > most[0])) continue;
-        std::swap(highest[0], highest[1]);
-        std::swap(most[0], most[1]);
-      }
-    }
-    for (int k = 0; k < 2 && highest[k] >= 0 && best[row + r].winner < 0; ++k) {
-      search.look_at(row + r, highest[k], best[row + r]);
+void BoundedSearch<T, F>::look_at_highest(int64_t row, const std::vector<Panel<F> >& panels, const int32_t* logits,
+                                          F* space, Best<F>& best) const {
+  constexpr int columns = Tile::columns;
+  F values[Tile::panels_of_group * columns];
+  const int size = int(panels.size()) * columns;
+  for (size_t p = 0; p < panels.size(); ++p) {
+    const Panel<F>& panel = panels[p];
+    for (int i = 0; i < columns; ++i) {
+      values[p * columns + i] = product_of(logits[p * Tile::size + i], panel.scale[i], rows[row].mu) + panel.bias[i];
     }
   }
-}
-
-// Whether a pair can still win when its second product, so far up to the first cut, is taken up to the others.
-template <class T, class F>
-bool BoundedSearch<T, F>::can_win(int64_t row, const Panel<F>& panel, int i, F logit, F product,
-                                  const Best<F>& best) const {
-  const Row<F>& known = rows[row];
-  const Target<F> target(best, search.slack, search.tiny);
-  const F above = bound(panel, known, i, logit, target), sum = panel.square[i] + known.own.square;
-  const T* w_i = search.weight(panel.first + i);
-  const F* w_c = search.own.weight(row);
-  for (int k = 1; k < Cuts::count; ++k) {
-    const int64_t from = search.cuts.at[k - 1], to = search.cuts.at[k];
-    product += dot(w_i + from, w_c + from, to - from);
-    if (target.out_of_reach(above, sum, product, panel.rest[k][i] * known.own.rest[k])) return false;
+  const int64_t own = rows[row].c - panels[0].first;
+  if (own >= 0 && own < size) values[own] = -std::numeric_limits<F>::infinity();
+  for (int k = 0; k < 2 && best.winner < 0; ++k) {
+    F most = -std::numeric_limits<F>::infinity();
+#pragma omp simd reduction(max : most)
+    for (int i = 0; i < size; ++i) most = std::max(most, values[i]);
+    const int highest = int(std::find(values, values + size, most) - values);
+    if (highest == size) return;
+    search.look_at(row, search.own.weight(row, space), panels[highest / columns].class_of(highest % columns), best);
+    values[highest] = -std::numeric_limits<F>::infinity();
   }
-  return true;
 }
 
 // out(tile, panel, row, column) for tiles [tile, end_tile).
 template <class F>
-void multiply_block(const PackedRows<F>& rows, int64_t tile, int64_t end_tile, const std::vector<Panel<F> >& panels,
-                    F* out) {
-  constexpr int64_t tile_size = Tile<F>::rows * Tile<F>::columns;
-  constexpr int64_t share = Tile<F>::depth * (Tile<F>::columns / Tile<F>::tiles_of_block);  // of what is ahead
-  std::fill(out, out + (end_tile - tile) * panels.size() * tile_size, F(0));
-  for (int64_t d = 0; d < rows.columns; d += Tile<F>::depth) {
-    const int64_t depth = std::min(Tile<F>::depth, rows.columns - d);
+void multiply_block(const PackedRows& rows, int64_t tile, int64_t end_tile, const std::vector<Panel<F> >& panels,
+                    int32_t* out) {
+  constexpr int64_t share = Tile::depth * (Tile::columns / Tile::tiles_of_block);  // of what is ahead
+  std::fill(out, out + (end_tile - tile) * panels.size() * Tile::size, 0);
+  for (int64_t d = 0; d < rows.pairs; d += Tile::depth) {
+    const int64_t depth = std::min(Tile::depth, rows.pairs - d);
     for (size_t p = 0; p < panels.size(); ++p) {
-      const F* ahead = p + 1 < panels.size() ? panels[p + 1].at(d) : panels[0].at(d + depth);
+      const Pair* ahead = p + 1 < panels.size() ? panels[p + 1].at(d) : panels[0].at(d + depth);
       for (int64_t t = tile; t < end_tile; ++t, ahead += share) {
-        F* const sums = out + ((t - tile) * panels.size() + p) * tile_size;
-        multiply(rows.slice(t, d), panels[p].at(d), depth, sums, ahead);
+        multiply(rows.slice(t, d), panels[p].at(d), depth, out + ((t - tile) * panels.size() + p) * Tile::size, ahead);
       }
     }
   }
 }
 
-// Looks at the pairs of a tile's rows with a panel that can win. `rest` is space for (dim - head, Tile::rows).
+// Looks at the pairs of a tile's rows with a panel that can win.
 template <class T, class F>
-void BoundedSearch<T, F>::look_in_tile(int64_t tile, const Panel<F>& panel, const F* logits, F* products, F* rest,
-                                       Best<F>* best, Twins& twins) const {
-  constexpr int columns = Tile<F>::columns, few = columns / 5;
-  static constexpr F none[columns] = {};
-  const int64_t row = tile * Tile<F>::rows, begin = search.head;
-  const int size = mu.rows_of(tile);
-  IntegerOf<F> possible[Tile<F>::rows][columns];
-  int counts[Tile<F>::rows], count = 0;
-  const auto find = [&](int r, F rest_c, const F* rests) RF_TARGET_LAMBDA {
-    const Target<F> target(best[row + r], search.slack, search.tiny);
-    counts[r] = find_possible(panel, rows[row + r], target, logits + r * columns, products + r * columns, rest_c, rests,
-                              possible[r]);
-    count += counts[r];
-  };
-  for (int r = 0; r < size; ++r) find(r, rows[row + r].own.rest[0], panel.rest[0]);
-  const bool whole = count > few * size && begin < search.dim;
-  if (whole) {
-    pack_tile(size, begin, search.dim, [&](int r) { return search.own.weight(row + r); }, rest);
-    multiply(rest, panel.at(begin), search.dim - begin, products, rest);
-  }
-  for (int r = 0; r < size; ++r) {
-    const Row<F>& known = rows[row + r];
-    Best<F>& found = best[row + r];
-    if (whole) find(r, F(0), none);
-    for (int i = 0; counts[r] > 0 && i < panel.size; ++i) {
-      if (!possible[r][i]) continue;
-      --counts[r];
+void BoundedSearch<T, F>::look_in_tile(int64_t tile, const Panel<F>& panel, const int32_t* logits,
+                                       const int32_t* products, F* space, Best<F>* best, Twins& twins) const {
+  constexpr int columns = Tile::columns;
+  for (int r = 0; r < rows_of(tile); ++r, logits += columns, products += columns) {
+    const int64_t row = tile * Tile::rows + r;
+    const Row<F>& known = rows[row];
+    Best<F>& found = best[row];
+    const Target<F> target(found, search.slack, search.tiny);
+    IntegerOf<F> possible[columns], count = 0;
+#pragma omp simd reduction(+ : count)
+    for (int i = 0; i < columns; ++i) {
+      possible[i] = can_win(panel, known, target, i, logits[i], products[i]);
+      count += possible[i];
+    }
+    for (int i = 0; count > 0 && i < panel.size; ++i) {
+      if (!possible[i]) continue;
+      --count;
       const int64_t c = panel.first + i;
-      if (c == known.c || twins.known(row + r, c)) continue;
+      if (c == known.c || twins.known(row, c)) continue;
       // Where no score beats another the lowest index wins.
       if ((known.level || std::isnan(found.score)) && found.winner >= 0 && c > found.winner) continue;
-      const int at = r * columns + i;
-      if (!whole && !can_win(row + r, panel, i, logits[at], products[at], found)) continue;
-      if (!search.look_at(row + r, c, found)) twins.add(row + r, c);
+      const Target<F> now(found, search.slack, search.tiny);
+      if (!can_win(panel, known, now, i, logits[i], products[i])) continue;
+      if (!search.look_at(row, search.own.weight(row, space), c, found)) twins.add(row, c);
     }
   }
 }
 
 template <class T, class F>
 void BoundedSearch<T, F>::look_in_panels(int64_t from, int64_t to, Best<F>* best) const {
-  using Size = Tile<F>;
-  constexpr int64_t tile_size = Size::rows * Size::columns;
-  constexpr int64_t block_size = Size::tiles_of_block * Size::panels_of_group * tile_size;
-  const Lines<F> space = lines<F>(2 * block_size), rest = lines<F>((search.dim - search.head) * Size::rows);
-  F *const logits = space[0].values, *const products = logits + block_size;
+  constexpr int64_t block_size = Tile::tiles_of_block * Tile::panels_of_group * Tile::size;
+  const Lines<int32_t> sums = lines<int32_t>(2 * block_size);
+  int32_t *const logits = sums[0].values, *const products = logits + block_size;
+  const Lines<Pair> q = lines<Pair>(Tile::columns * search.pairs());
+  std::vector<F> space(search.dim);
   std::vector<Panel<F> > panels;
   Twins twins(search.num_classes, search.present);
   for (int64_t p = from; p < to; p += panels.size()) {
-    panels.resize(std::min<int64_t>(Size::panels_of_group, to - p));
-    for (size_t k = 0; k < panels.size(); ++k) panels[k].pack(search, (p + k) * Size::columns);
-    for (int64_t tile = 0; tile < mu.tiles; tile += Size::tiles_of_block) {
-      const int64_t end_tile = std::min<int64_t>(tile + Size::tiles_of_block, mu.tiles);
+    panels.resize(std::min<int64_t>(Tile::panels_of_group, to - p));
+    for (size_t k = 0; k < panels.size(); ++k)
+      panels[k].pack(search, origin.data(), (p + k) * Tile::columns, q[0].values);
+    for (int64_t tile = 0; tile < mu.tiles; tile += Tile::tiles_of_block) {
+      const int64_t end_tile = std::min<int64_t>(tile + Tile::tiles_of_block, mu.tiles);
       multiply_block(mu, tile, end_tile, panels, logits);
-      multiply_block(head, tile, end_tile, panels, products);
+      multiply_block(own, tile, end_tile, panels, products);
       for (int64_t t = tile; t < end_tile; ++t) {
-        const int64_t at = (t - tile) * panels.size() * tile_size;
+        const int64_t at = (t - tile) * panels.size() * Tile::size;
         // Without a good score to beat, most of the first pairs would seem possible.
-        if (p == from) look_at_highest(t, panels, logits + at, best);
+        for (int r = 0; p == from && r < rows_of(t); ++r) {
+          const int64_t row = t * Tile::rows + r;
+          look_at_highest(row, panels, logits + at + r * Tile::columns, space.data(), best[row]);
+        }
         for (size_t k = 0; k < panels.size(); ++k) {
-          look_in_tile(t, panels[k], logits + at + k * tile_size, products + at + k * tile_size, rest[0].values, best,
-                       twins);
+          const int64_t of_panel = at + k * Tile::size;
+          look_in_tile(t, panels[k], logits + of_panel, products + of_panel, space.data(), best, twins);
         }
       }
     }
@@ -455,7 +411,7 @@ std::vector<Best<F> > Search<T, F>::run() const {
   if (present * num_classes <= 1024) return look_at_all(*this);
   const BoundedSearch<T, F> bounded(*this);
   std::vector<Best<F> > best(present, Best<F>::none());
-  const int64_t panels = (num_classes + Tile<F>::columns - 1) / Tile<F>::columns;
+  const int64_t panels = (num_classes + Tile::columns - 1) / Tile::columns;
   const int64_t tasks = std::min<int64_t>(panels, num_threads());
   std::vector<std::vector<Best<F> > > found(tasks, best);
   parallel_for(0, tasks, 1, [&](int64_t from, int64_t to) {
