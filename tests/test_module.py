@@ -263,6 +263,13 @@ def test_sizes_of_other_integer_types():
     assert loss.centroids.shape == (7, 12) and type(loss.num_classes) is type(loss.dim) is int
 
 
+@pytest.mark.parametrize("input", [None, [[1.0] * 12], np.ones((6, 12), np.float32)])
+def test_input_that_is_no_tensor(loss, input):
+    _, _, target, fc = batch_and_head("cpu")
+    with pytest.raises(TypeError, match=f"^input: expected a tensor, got {type(input).__name__}$"):
+        loss(input, None, target, fc)
+
+
 def test_state_that_is_no_tensor(loss):
     state = {name: tensor.cpu().numpy() for name, tensor in loss.state_dict().items()}
     with pytest.raises(RuntimeError, match=r"centroids.*expected torch.Tensor .* received <class 'numpy.ndarray'>"):
