@@ -292,9 +292,10 @@ def state_moves() -> bool:
     have no side effects, and not in the first of the two passes of an activation checkpoint, so that the second one
     meets the same state and moves it."""
     if torch.compiler.is_compiling():
-        if torch.compiler.is_dynamo_compiling() and _in_compiled_checkpoint():
-            torch._dynamo.graph_break("a compiled checkpoint would read the state that the step moved: not compiled")
-        return torch.is_grad_enabled()
+        if not (torch.compiler.is_dynamo_compiling() and _traced_in_checkpoint()):
+            return torch.is_grad_enabled()
+        torch._dynamo.graph_break("a compiled step would move the state twice in a checkpoint: not compiled")
+        return torch.is_grad_enabled() and not torch._dynamo.disable(_checkpointed)()
     return torch.is_grad_enabled() and not (torch._C._are_functorch_transforms_active() or _checkpointed())
 
 
@@ -304,17 +305,17 @@ def _checkpointed() -> bool:
     return hooks is not None and hooks[0].__qualname__.startswith("_checkpoint_hook.")
 
 
-def _in_compiled_checkpoint() -> bool:
-    """While torch.compile traces: whether this stands in a checkpoint that it compiles."""
+def _traced_in_checkpoint() -> bool:
+    """While torch.compile traces: whether this stands in a checkpoint that it compiles, or that is around it all."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     tracer: Any = InstructionTranslator.current_tx().output.current_tracer
     while tracer is not None and str(tracer.source_target) != "tag_activation_checkpoint":
         tracer = tracer.parent
-    return tracer is not None
+    return tracer is not None or _checkpointed()
 
 
-_in_compiled_checkpoint._dynamo_marked_constant = True  # type: ignore[attr-defined]  # run by the tracer, not traced
+_traced_in_checkpoint._dynamo_marked_constant = True  # type: ignore[attr-defined]  # run by the tracer, not traced
 
 
 def is_static(number: float) -> bool:

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from functools import cached_property
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,8 @@ from loss_cases import random_case
 from ranks import run_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from robustfast import DiscriminativeLoss, costs, process_groups
 
@@ -43,7 +46,7 @@ def step(loss, rank):
 def two_ranks(rank, initialise):
     """One group runs all of these, since each process takes seconds to import torch."""
     results = ways_of_naming_a_group(rank, initialise)
-    for check in (errors_and_exceptions, sharded_classifiers, compiled_steps):
+    for check in (errors_and_exceptions, sharded_classifiers, compiled_steps, compiled_and_checkpointed):
         torch.manual_seed(0)
         check(rank)
         dist.barrier()
@@ -181,6 +184,58 @@ def compiled_steps(rank):
         torch.testing.assert_close(losses[0].centroids, losses[1].centroids)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
     costs.COSTS["cpu"] = before
+
+
+class CheckpointedNet(Net):
+    """``around``: the whole step is in an activation checkpoint, or what comes after the body."""
+
+    def __init__(self, loss, around):
+        super().__init__(loss)
+        self.around = around
+
+    def forward(self, x, target):
+        return self.rest(self.body(x), target)
+
+    def rest(self, f, target):
+        step = self.compiled if self.around else self.step
+        return checkpoint(step, f, target, use_reentrant=False)
+
+    def step(self, f, target):
+        return self.loss(f, None, target, self.fc)
+
+    @cached_property
+    def compiled(self):
+        return torch.compile(self.step, backend="aot_eager")
+
+
+def compiled_and_checkpointed(rank):
+    """A checkpoint in a compiled model, and a compiled step in a checkpoint: the state moves once."""
+    x, _, target, _ = global_batch()
+    whole = CheckpointedNet(DiscriminativeLoss(7, 12, process_group=False), around=False)
+    for _ in range(2):
+        whole.zero_grad()
+        whole(x, target).backward()
+    x, _, target, _ = my_part(rank)
+    for exchange, way in (("sums", "model"), ("sums", "step"), ("gather", "DDP"), ("gather", "step")):
+        torch._dynamo.reset()
+        loss = DiscriminativeLoss(7, 12, process_group="world", exchange=exchange, max_batch=24)
+        net = CheckpointedNet(loss, around=way == "step")
+        if way == "model":
+            net.compile(backend="aot_eager")
+        ddp = DistributedDataParallel(net)
+        if way == "DDP":
+            ddp.compile(backend="aot_eager")
+        for _ in range(2):
+            net.zero_grad()
+            value = ddp(x.detach(), target)
+            value.backward()
+        for name, parameter in whole.named_parameters():
+            torch.testing.assert_close(net.get_parameter(name).grad, parameter.grad, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(loss.centroids, whole.loss.centroids, rtol=1e-10, atol=1e-12)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="a compiled step would move the state twice"):
+        net.compiled = torch.compile(net.step, fullgraph=True, backend="aot_eager")
+        net(x, target)
 
 
 def test_two_ranks(tmp_path):
