@@ -29,7 +29,7 @@ def joined(timeout: float = 600.0) -> Iterator[None]:
         timeout: seconds after which a rank that waits for another one gives up.
 
     Raises:
-        ConnectionError: another rank has gone.
+        ConnectionError: the ranks cannot meet, or another one has gone.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
@@ -37,7 +37,12 @@ def joined(timeout: float = 600.0) -> Iterator[None]:
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout))
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout))
+    except dist.DistError as error:
+        place = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        reason = str(error).partition("\n")[0]
+        raise ConnectionError(f"MASTER_ADDR:MASTER_PORT: the ranks cannot meet at {place} ({reason})") from error
     try:
         yield
     except RuntimeError as error:

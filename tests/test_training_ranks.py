@@ -15,7 +15,7 @@ import torch
 from ranks import run_ranks
 from test_runs import Interrupt, interrupt_after, model_bits, without_time
 
-from robustfast import DiscriminativeLoss, RobustClassifier
+from robustfast import DiscriminativeLoss, RobustClassifier, ranks
 from robustfast.training import batching, files, load_classifier, loop, models, resume, train
 from robustfast.training.run import Run
 from robustfast.training.setup import prepare
@@ -176,6 +176,17 @@ def start_ranks(*arguments, world=2):
         )
         for rank in ranks
     ]  # fmt: skip
+
+
+def test_a_port_that_is_taken_is_named(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        for name, value in (place | {"RANK": "0", "WORLD_SIZE": "2"}).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ConnectionError, match=f"the ranks cannot meet at 127.0.0.1:{place['MASTER_PORT']} "):
+            ranks.joined(5).__enter__()
 
 
 def test_a_killed_rank_ends_the_others_and_the_run_goes_on(pictures, tmp_path):
