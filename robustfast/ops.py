@@ -69,7 +69,7 @@ def class_pulls(input: Tensor, input_noise, target, centroid: Tensor, *rest) -> 
     return (
         input.new_empty(n, dtype=torch.int32),  # slot
         centroid.new_empty((2, n)),  # pull
-        torch.empty_like(centroid),  # pull_sum
+        centroid.new_empty(centroid.shape),  # pull_sum
         centroid.new_empty(2),  # terms
     )
 
@@ -81,10 +81,10 @@ def margin_search(mu: Tensor, *rest) -> tuple[Tensor, Tensor]:
 
 def finish(mu: Tensor, centroid, pull_sum, counts: Tensor, *rest) -> tuple[Tensor, ...]:
     return (
-        torch.empty_like(mu),  # mu_grad
-        torch.empty_like(mu),  # boundary_grad
-        torch.empty_like(counts),  # boundary_bias
-        torch.empty_like(counts, dtype=torch.int32),  # winner
+        mu.new_empty(mu.shape),  # mu_grad
+        mu.new_empty(mu.shape),  # boundary_grad
+        mu.new_empty(counts.shape),  # boundary_bias
+        mu.new_empty(counts.shape, dtype=torch.int32),  # winner
         mu.new_empty(2),  # terms
     )
 
@@ -143,7 +143,8 @@ OPS = {
         class_pulls,
     ),
     "margin_search": Op(
-        "(Tensor mu, Tensor weight_c, Tensor? bias_c, Tensor weight, Tensor? bias) -> (Tensor score, Tensor winner)",
+        "(Tensor mu, Tensor? weight_c, Tensor? bias_c, Tensor weight, Tensor? bias, Tensor? classes=None, "
+        "Tensor? present=None) -> (Tensor score, Tensor winner)",
         margin_search,
     ),
     "finish": Op(

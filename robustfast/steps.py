@@ -18,12 +18,10 @@ from robustfast import checks, reference
 from robustfast.backends import ops
 from robustfast.reference import Settings, length
 
-PLAIN = ("reference", "triton")  # backends that take the steps of this module
-
 
 def of(backend: str) -> Any:
     """What has the steps of a backend: functions with the signatures of this module's."""
-    return sys.modules[__name__] if backend in PLAIN else ops(backend)
+    return sys.modules[__name__] if backend == "reference" else ops(backend)
 
 
 def class_sums(input: Tensor, target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
@@ -72,14 +70,29 @@ def class_pulls(
 
 
 def margin_search(
-    mu: Tensor, weight_c: Tensor, bias_c: Tensor | None, weight: Tensor, bias: Tensor | None
+    mu: Tensor,
+    weight_c: Tensor | None,
+    bias_c: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    classes: Tensor | None = None,
+    present: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The best score (R,) of each row of mu (R, D) with a class of ``weight`` (K, D), and that class's row there.
 
     ``weight_c`` (R, D) and ``bias_c`` are those of the classes of mu; rows of ``weight`` equal to them are passed over.
     The winner is int32, the lowest on ties, and -1 with the score -inf where there is none. ``weight`` may hold some of
     the classes only.
+
+    Without ``weight_c`` the rows' classes are rows of ``weight``, ``classes`` (R,) of them, for the first ``present``
+    rows (all, if it is not given). With it ``classes`` spares kernels the search of a class's own row: -1 where
+    ``weight`` does not have it.
     """
+    if weight_c is None:
+        assert classes is not None
+        rows = torch.arange(len(mu), device=mu.device)
+        known = classes if present is None else torch.where(rows < present, classes, 0)
+        weight_c, bias_c = reference.rows_of(weight, bias, known.long())
     score, winner = reference.margin_search(mu, *(_like(mu, t) for t in (weight_c, bias_c, weight, bias)))
     return score, winner.int()
 

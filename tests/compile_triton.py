@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from robustfast.ops import DISTRIBUTIONS
 from robustfast.reference import Settings
-from robustfast.triton_ops import device, loss, noise, search
+from robustfast.triton_ops import device, loss, noise, search, steps
 
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), "ampere"),
@@ -52,6 +52,19 @@ def launch_loss(n: int, dim: int, classes: int, dtype: str, weight_dtype: str | 
     loss.discriminative_loss_backward(
         value, features, features, *saved, classes, weight.dtype, bias.dtype, norm, [True] * 4
     )
+
+
+def launch_steps(n: int, dim: int, classes: int, dtype: str, rows: int, norm: int = 2) -> None:
+    """Each step alone, with tables of so many rows; the search with each row's own class in W, elsewhere or unknown."""
+    features = torch.empty(n, dim, dtype=getattr(torch, dtype))
+    wide = torch.float64 if features.dtype == torch.float64 else torch.float32
+    weight, target = torch.empty(classes, dim, dtype=features.dtype), torch.zeros(n, dtype=torch.int64)
+    table, of_row, row = torch.empty(rows, dim, dtype=wide), torch.empty(rows, dtype=wide), torch.empty(rows).int()
+    steps.class_sums(features, target, rows, -100)
+    steps.class_pulls(features, features, target, table, of_row, list(Settings()), None, norm, -100)
+    for places in (None, row):
+        steps.margin_search(table, table, of_row, weight, weight[:, 0], places)
+    steps.finish(table, table, table, of_row, of_row, table, of_row, table, of_row, row, list(Settings()), None, norm)
 
 
 def launch_noise(shape: list[int], dtype: str, out: str, per_sample: bool = False) -> None:
@@ -85,13 +98,12 @@ def caught_launches(problems: list[dict], family: str) -> list[tuple[JITFunction
     def catch(self, *args, grid, warmup, **kwargs):
         launches.append((self, args, kwargs))
 
-    loss.processor = search.processor = lambda _: device.Processor(132, family)
+    loss.processor = search.processor = steps.processor = lambda _: device.Processor(132, family)
     noise.has_nvidia_instructions = lambda _: family != "amd"
     JITFunction.run = catch
+    told_by = {"batches": launch_noise_of_epochs, "shape": launch_noise, "rows": launch_steps}
     for problem in problems:
-        (launch_noise_of_epochs if "batches" in problem else launch_noise if "shape" in problem else launch_loss)(
-            **problem
-        )
+        next((launcher for name, launcher in told_by.items() if name in problem), launch_loss)(**problem)
     return launches
 
 

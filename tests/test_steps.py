@@ -97,25 +97,45 @@ def on_device(backend, *tensors):
 
 
 def shards(dtype):
-    """Rows of tables with their W_c, b_c, and parts of a classifier: some with these rows, some without, one empty."""
-    mu, _, classes, weight, bias, *_ = random_case(25, 20, 90, dtype=torch.float64, seed=2)
+    """Rows of tables with their W_c, b_c, and parts of a classifier: some with these rows, some without, one empty.
+
+    And where each row's own is in the part, -1 where it is not there.
+    """
+    mu, _, classes, weight, bias, *_ = random_case(17, 20, 90, dtype=torch.float64, seed=2)
     weight[60:64], bias[60:64] = weight[:4], bias[:4]  # equal rows far apart; those of `first` win nothing
     first = torch.cat((torch.arange(4), classes[4:]))
     wide = wide_dtype(torch.empty(0, dtype=dtype))
     weight, bias = weight.to(dtype), bias.to(dtype)
     tensors = [t.to(wide) for t in (mu, weight[first], bias[first])]
     for begin, end in ((0, 90), (0, 37), (40, 83), (83, 90), (90, 90)):
-        yield (*tensors, weight[begin:end], bias[begin:end])
+        here = (first >= begin) & (first < end)
+        yield (*tensors, weight[begin:end], bias[begin:end]), torch.where(here, first - begin, -1).int()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_search_in_parts_of_a_classifier(dtype, every_backend):
-    for case in shards(dtype):
-        mu, weight_c, bias_c, weight, bias = on_device(every_backend, *case)
-        score, winner = steps.of(every_backend).margin_search(mu, weight_c, bias_c, weight, bias)
-        expected, at = steps.margin_search(*in_float64((mu, weight_c, bias_c, weight, bias)))
-        assert winner.dtype == torch.int32 and torch.equal(winner, at)
-        torch.testing.assert_close(score.double(), expected, rtol=1e-5, atol=1e-5)
+    for case, classes in shards(dtype):
+        *case, classes = on_device(every_backend, *case, classes)
+        expected, at = steps.margin_search(*in_float64(case))
+        for known in (None, classes):
+            score, winner = steps.of(every_backend).margin_search(*case, known)
+            assert winner.dtype == torch.int32 and torch.equal(winner, at)
+            torch.testing.assert_close(score.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_search_for_rows_of_the_classifier_itself(dtype, every_backend):
+    """Of which the last have no class."""
+    search = steps.of(every_backend).margin_search
+    case, classes = next(shards(dtype))
+    mu, weight_c, bias_c, weight, bias, classes = on_device(every_backend, *case, classes)
+    present = classes.new_tensor(12)
+    expected = search(mu, weight_c, bias_c, weight, bias)
+    mu[12:], classes[12:] = torch.nan, -1
+    for actual, of_given in zip(search(mu, None, None, weight, bias, classes, present), expected, strict=True):
+        assert torch.equal(actual[:12], of_given[:12])
+    for actual, of_given in zip(search(mu[:12], None, None, weight, bias, classes[:12]), expected, strict=True):
+        assert torch.equal(actual, of_given[:12])
 
 
 def test_the_lowest_of_equal_winners_and_no_winner_among_equal_rows(every_backend):
@@ -170,7 +190,6 @@ def test_the_lowest_of_many_copies_of_a_winner(dtype, every_backend):
 def test_more_rows_than_samples(every_backend):
     """Rows are classes of a whole classifier, of which a rank has few samples or none."""
     step, row = steps.of(every_backend), torch.arange(50, device=device_of(every_backend))
-    backward = (step if every_backend == "reference" else ops(every_backend)).discriminative_loss_backward
     for n in (3, 0):
         f, g, target, *_ = random_case(n, 20, 50, dtype=torch.float64)
         generator = torch.Generator().manual_seed(1)
@@ -185,12 +204,12 @@ def test_more_rows_than_samples(every_backend):
         slot, pull, pull_sum, _ = step.class_pulls(*arguments)
         tables, classes = torch.stack((centroid, pull_sum, centroid)), torch.stack((row, row.roll(1))).int()
         arguments = (f.new_ones(()), f, g, slot, pull, tables, classes, share, 50, f.dtype, f.dtype, 2, [True] * 4)
-        grads = backward(*arguments), steps.discriminative_loss_backward(*arguments)
+        grads = step.discriminative_loss_backward(*arguments), steps.discriminative_loss_backward(*arguments)
         for actual, expected in zip(*grads, strict=True):
             torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["cpu", "emulated"])
+@pytest.mark.parametrize("name", ["cpu", "emulated", "triton"])
 def test_opcheck(name, request):
     if name not in USABLE:
         pytest.skip(f"{name} cannot run here")
@@ -201,6 +220,7 @@ def test_opcheck(name, request):
         (op.class_sums, f, target, 5, -100),
         (op.class_pulls, f, g, target, weight, rows, settings, None, 2, -100),
         (op.margin_search, weight, weight, bias, weight, bias),
+        (op.margin_search, weight, None, None, weight, bias, winner, torch.tensor(5, dtype=torch.int32)),
         (op.finish, weight, weight, weight, rows, rows, weight, bias, weight[winner], bias, winner, settings, None, 2),
     ):
         torch.library.opcheck(step, tuple(arguments))

@@ -12,9 +12,10 @@ import torch
 import triton
 from loss_cases import assert_close, assert_matches_float64, golden_steps, in_float64, random_case, run
 
+from robustfast import steps as plain
 from robustfast.backends import backends, ops
 from robustfast.reference import Settings
-from robustfast.triton_ops import device, groups, loss, search
+from robustfast.triton_ops import centroids, device, groups, loss, search, steps, variance
 
 pytestmark = pytest.mark.skipif(backends()["triton"] is not None, reason=str(backends()["triton"]))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -38,9 +39,9 @@ def small_tiles(large, monkeypatch):
 
     monkeypatch.setattr(search, "search_tiles", lambda *_: search.SearchTiles(16, 16, 16, 4, 2))
     monkeypatch.setattr(search, "search_items", lambda tiles, rows, num_classes, _: -(-rows // 16) * 2)
-    monkeypatch.setattr(search, "row_tile", row_tile)
-    monkeypatch.setattr(loss, "row_tile", row_tile)
-    monkeypatch.setattr(loss, "sums_width", lambda dim: 16)
+    for module in (search, loss, variance, steps):
+        monkeypatch.setattr(module, "row_tile", row_tile)
+    monkeypatch.setattr(centroids, "sums_width", lambda dim: 16)
     monkeypatch.setattr(loss, "slice_size", lambda dim: 16)
 
 
@@ -109,6 +110,19 @@ def test_skewed_labels_give_the_same_bits_every_time(skew, small_tiles):
     first, second = run(tensors, "triton"), run(tensors, "triton")
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert_matches_float64(tensors, "triton")
+
+
+def test_steps_of_long_classes(small_tiles):
+    """Sums and pulls in rows of their classes, of classes in chunks and others, of samples that are not counted."""
+    f, g, target, weight, *_ = random_case(120, 24, 7, dtype=torch.float64, device=DEVICE)
+    target[:90] = torch.where(torch.arange(90, device=DEVICE) % 3 > 0, 5, -100)
+    share = torch.rand(7, dtype=torch.float64).to(DEVICE)
+    arguments = (f, g, target, weight, share, Settings(delta_var=4.0), None, 2, -100)
+    results = (OPS.class_sums(f, target, 7, -100), *OPS.class_pulls(*arguments))
+    for actual, expected in zip(
+        results, (plain.class_sums(f, target, 7, -100), *plain.class_pulls(*arguments)), strict=True
+    ):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("classes, dense", [(30, 2048), (300, 64)])
@@ -192,7 +206,10 @@ def test_search_finds_the_best_pair(kind, dtype, small_tiles):
     weight = classifier(kind, 40, 20, generator).to(dtype).to(DEVICE)
     mu, bias = torch.randn(9, 20, generator=generator).to(DEVICE, wide), torch.zeros(40, dtype=wide, device=DEVICE)
     classes = torch.tensor([0, 1, 5, 17, 18, 33, 38, 39, -1], dtype=torch.int32, device=DEVICE)
-    score, winner = search.margin_search(mu, weight, bias, classes)
+    score, winner = search.margin_search(mu, None, None, weight, bias, classes)
+    own = classes[:-1].long()  # the last row has no class
+    given = search.margin_search(mu[:-1], weight[own], bias[own], weight, bias)
+    assert torch.equal(given[0], score[:-1]) and torch.equal(given[1], winner[:-1])
     exact = best_pairs(mu, weight, bias, classes.clamp(min=0))[:-1]
     best = exact.max(1).values
     assert winner[-1] == -1 and score[-1] == -math.inf
@@ -205,7 +222,9 @@ def test_search_finds_the_best_pair(kind, dtype, small_tiles):
 
 def test_nothing_found_where_all_rows_are_equal(small_tiles):
     mu, weight = torch.randn(3, 20, device=DEVICE), torch.ones(40, 20, device=DEVICE)
-    score, winner = search.margin_search(mu, weight, None, torch.arange(3, dtype=torch.int32, device=DEVICE))
+    score, winner = search.margin_search(
+        mu, None, None, weight, None, torch.arange(3, dtype=torch.int32, device=DEVICE)
+    )
     assert (score == -math.inf).all() and (winner == -1).all()
 
 
@@ -221,7 +240,7 @@ def test_lowest_class_wins_where_other_logits_score_alike(dtype, splits, first, 
     weight[first, 0], weight[second, 0] = 1, 41
     mu = torch.zeros(1, 16, device=DEVICE)
     mu[0, :2] = torch.tensor([1.75, 0.3])
-    score, winner = search.margin_search(mu, weight, None, torch.zeros(1, dtype=torch.int32, device=DEVICE))
+    score, winner = search.margin_search(mu, None, None, weight, None, torch.zeros(1, dtype=torch.int32, device=DEVICE))
     assert winner.item() == min(first, second)
     assert score.item() == mu[0, 0]
 

@@ -25,15 +25,24 @@ DTYPES = ("bfloat16", "float16", "float32", "float64")
 FEATURES = [loss(dim, dtype) for dim in (64, 128, 512, 2048) for dtype in DTYPES]
 ODD_FEATURES = [loss(dim, dtype) for dim in (77, 301, 1001) for dtype in ("bfloat16", "float32")]
 SMALL = [loss(dim, dtype, n=64, classes=10) for dim in (77, 128, 512) for dtype in ("bfloat16", "float32")]
+STEPS = [loss(dim, dtype, rows=1000) for dim in (64, 77, 512) for dtype in ("bfloat16", "float32")]
 NOISE = [
     {"shape": [4, 3, 224, 224], "dtype": "uint8", "out": "bfloat16"},
     {"shape": [4, 3, 7, 7], "dtype": "float32", "out": "float32"},
     {"shape": [4, 3, 224, 224], "dtype": "float32", "out": "float16", "per_sample": True},
 ]
 FEW = [loss(512, dtype) for dtype in DTYPES] + [loss(77, "float32"), loss(128, "float32", n=64, classes=10), *NOISE]
+FEW.append(loss(512, "bfloat16", rows=1000))
 PROBLEMS = {
-    "sm_80": [*FEATURES, *ODD_FEATURES, *SMALL, *NOISE],
-    "sm_90": [*FEATURES, *ODD_FEATURES, *SMALL, loss(128, "bfloat16", n=20000, weight_dtype="float32", norm=1), *NOISE],
+    "sm_80": [*FEATURES, *ODD_FEATURES, *SMALL, *STEPS, *NOISE],
+    "sm_90": [
+        *FEATURES,
+        *ODD_FEATURES,
+        *SMALL,
+        loss(128, "bfloat16", n=20000, weight_dtype="float32", norm=1),
+        *STEPS,
+        *NOISE,
+    ],
     "sm_100": FEW,
     "sm_120": FEW,
     "gfx942": FEW,
@@ -41,8 +50,8 @@ PROBLEMS = {
 
 KERNELS = {
     "group_kernel", "rank_kernel", "label_kernel", "rows_kernel", "step_kernel", "sums_kernel", "variance_kernel",
-    "prepare_kernel", "search_kernel", "settle_kernel", "finish_kernel", "backward_kernel", "add_noise_kernel",
-    "noisy_pair_kernel", "noisy_pair_backward_kernel",
+    "prepare_kernel", "search_kernel", "settle_kernel", "finish_kernel", "backward_kernel", "class_sums_kernel",
+    "class_pulls_kernel", "finish_step_kernel", "add_noise_kernel", "noisy_pair_kernel", "noisy_pair_backward_kernel",
 }  # fmt: skip
 
 

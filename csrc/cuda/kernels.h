@@ -62,7 +62,8 @@ cudaError_t class_pulls(const LossParams& params, const void* centroid, const vo
 struct MarginSearchParams {
   Dtype wide;
   const void* mu;
-  ClassifierRows own;  // in the dtype of weight
+  ClassifierRows own;      // in the dtype of weight
+  const int32_t* present;  // of the rows, those that are searched for; all where it is null
   Matrix weight, bias;
   int64_t rows, dim, num_classes;
   void* score;

@@ -497,7 +497,7 @@ __global__ void __launch_bounds__(margin_threads, 2) settle_kernel(const MarginS
 // What has to be there before the search, where no other kernel leaves it. A warp takes a row.
 template <class Wide>
 RF_DEVICE void set_rows(const MarginSearch<Wide>& search, int64_t first, int64_t step) {
-  for (int64_t row = first; row < search.rows; row += step) {
+  for (int64_t row = first; row < search.used(); row += step) {
     Wide sums[row_sum::count] = {};
     for (int64_t d = lane_id(); d < search.dim; d += 32) {
       const Wide own = element<Wide>(search.own.weight, search.own.at(row), d);
@@ -519,7 +519,7 @@ __global__ void __launch_bounds__(margin_threads, 2) prepare_search_kernel(const
 template <class Wide>
 MarginSearch<Wide> search_of(const MarginSearchParams& p, Arena& arena) {
   MarginSearch<Wide> search = {};
-  search.weight = p.weight, search.bias = p.bias, search.own = p.own;
+  search.weight = p.weight, search.bias = p.bias, search.own = p.own, search.present = p.present;
   search.mu = static_cast<const Wide*>(p.mu);
   search.dim = p.dim, search.num_classes = p.num_classes, search.rows = p.rows;
   search.place(arena);

@@ -25,6 +25,12 @@ struct PullResults {
   Tuple tuple() const { return {slot, pull, pull_sum, terms}; }
 };
 
+// The rows' own classes in a search: rows of the classifier that `classes` names, or without it all in turn.
+inline ClassifierRows own_rows(const Tensor& weight, const std::optional<Tensor>& bias,
+                               const std::optional<Tensor>& classes) {
+  return {matrix(weight), matrix(bias), classes ? data<int32_t>(*classes) : nullptr};
+}
+
 // The results of margin_search, to be written.
 struct SearchResults {
   using Tuple = std::tuple<Tensor, Tensor>;

@@ -52,14 +52,18 @@ PullResults::Tuple class_pulls(const Tensor& input, const std::optional<Tensor>&
   return results.tuple();
 }
 
-SearchResults::Tuple margin_search(const Tensor& mu, const Tensor& weight_c, const std::optional<Tensor>& bias_c,
-                                   const Tensor& weight, const std::optional<Tensor>& bias) {
-  const Tensor points = dense(mu), own = classifier_rows(weight_c, mu.scalar_type()),
-               w = classifier_rows(weight, mu.scalar_type());
+SearchResults::Tuple margin_search(const Tensor& mu, const std::optional<Tensor>& weight_c,
+                                   const std::optional<Tensor>& bias_c, const Tensor& weight,
+                                   const std::optional<Tensor>& bias, const std::optional<Tensor>& classes,
+                                   const std::optional<Tensor>& present) {
+  const Tensor points = dense(mu), w = classifier_rows(weight, mu.scalar_type()),
+               own = weight_c ? classifier_rows(*weight_c, mu.scalar_type()) : w;
+  const int64_t rows = present ? *data<int32_t>(*present) : mu.size(0);
   const SearchResults results(mu);
   for_wide(mu.scalar_type(), [&]<class Wide>(Wide) {
-    margin_search(data<Wide>(points), ClassifierRows{matrix(own), matrix(bias_c)}, matrix(w), matrix(bias), mu.size(0),
-                  mu.size(1), weight.size(0), data<Wide>(results.score), data<int32_t>(results.winner));
+    margin_search(data<Wide>(points), own_rows(own, weight_c ? bias_c : bias, weight_c ? std::nullopt : classes),
+                  matrix(w), matrix(bias), rows, mu.size(1), weight.size(0), data<Wide>(results.score),
+                  data<int32_t>(results.winner));
   });
   return results.tuple();
 }

@@ -50,16 +50,19 @@ PullResults::Tuple class_pulls(const Tensor& input, const std::optional<Tensor>&
   return results.tuple();
 }
 
-SearchResults::Tuple margin_search(const Tensor& mu, const Tensor& weight_c, const std::optional<Tensor>& bias_c,
-                                   const Tensor& weight, const std::optional<Tensor>& bias) {
+SearchResults::Tuple margin_search(const Tensor& mu, const std::optional<Tensor>& weight_c,
+                                   const std::optional<Tensor>& bias_c, const Tensor& weight,
+                                   const std::optional<Tensor>& bias, const std::optional<Tensor>& classes,
+                                   const std::optional<Tensor>& present) {
   const OnDevice device(mu);
-  const Tensor points = dense(mu), own = unit_rows(torch::stable::to(weight_c, weight.scalar_type())),
-               w = unit_rows(weight);
+  const Tensor points = dense(mu), w = unit_rows(weight),
+               own = weight_c ? unit_rows(torch::stable::to(*weight_c, weight.scalar_type())) : w;
   const SearchResults results(mu);
   const cuda::MarginSearchParams params = {
       .wide = dtype_of(mu),
       .mu = data<void>(points),
-      .own = {matrix(own), matrix(bias_c)},
+      .own = own_rows(own, weight_c ? bias_c : bias, weight_c ? std::nullopt : classes),
+      .present = present ? data<int32_t>(*present) : nullptr,
       .weight = matrix(w),
       .bias = matrix(bias),
       .rows = mu.size(0),

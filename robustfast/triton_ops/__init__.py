@@ -11,7 +11,7 @@ import torch
 import triton
 
 from robustfast.ops import OPS, STEPS, define
-from robustfast.triton_ops import loss, noise
+from robustfast.triton_ops import loss, noise, steps
 
 
 def on_device(launch):
@@ -28,8 +28,8 @@ def on_device(launch):
 
 
 library = define("robustfast_triton")
-for name in OPS.keys() - STEPS:  # those are robustfast.steps'
-    launcher = getattr(loss if "loss" in name else noise, name)
+for name in OPS:
+    launcher = getattr(steps if name in STEPS else loss if "loss" in name else noise, name)
     if triton.knobs.runtime.interpret:
         library.impl(name, launcher, "CPU")
     else:

@@ -25,6 +25,23 @@ def matrix(tensor: Tensor | None) -> Matrix | None:
     return None if tensor is None else Matrix(tensor, *tensor.stride())
 
 
+def unit_rows(tensor: Tensor) -> Tensor:
+    """The same matrix with unit stride along its rows, copied only where it has none."""
+    return tensor if tensor.stride(1) == 1 else tensor.contiguous()
+
+
+class Classifier(NamedTuple):
+    """W and b, or rows of them."""
+
+    weight: Matrix  # with unit stride along its rows
+    bias: Any  # contiguous, or None
+
+
+def classifier(weight: Tensor, bias: Tensor | None) -> Classifier:
+    """Of a weight that went through `unit_rows`."""
+    return Classifier(Matrix(weight, *weight.stride()), None if bias is None else bias.contiguous())
+
+
 @triton.jit
 def load_rows(x, row, valid, d, dim, WIDE: tl.constexpr):
     """Rows of the matrix x, 0 where not valid and beyond the last feature."""
@@ -42,6 +59,17 @@ def load_table_rows(table, row, valid, d, dim):
     """Rows of a contiguous table, 0 where not valid and beyond the last feature."""
     at = row.to(tl.int64)[:, None] * dim + d[None, :]
     return tl.load(table + at, mask=valid[:, None] & (d < dim)[None, :], other=0)
+
+
+@triton.jit
+def load_biases(bias, row, valid, WIDE: tl.constexpr):
+    """Biases of some rows, 0 where not valid or where there are none."""
+    return tl.zeros(row.shape, WIDE) if bias is None else tl.load(bias + row, mask=valid, other=0).to(WIDE)
+
+
+@triton.jit
+def load_bias(bias, row, WIDE: tl.constexpr):
+    return tl.zeros((), WIDE) if bias is None else tl.load(bias + row).to(WIDE)
 
 
 @triton.jit

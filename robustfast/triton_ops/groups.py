@@ -44,19 +44,25 @@ def chunk_places(n: int) -> int:
     return 2 * n // chunk_size(n) + 2
 
 
-def group(target: Tensor, slot: Tensor, pull: Tensor, classes: Tensor, num_classes: int, ignore_index: int) -> Groups:
-    """Fill slot (N,), classes (2, R) and, for ignored samples, pull (2, N) with zeros; see docs/ops.md."""
+def group(
+    target: Tensor, slot: Tensor | None, pull: Tensor | None, classes: Tensor, num_classes: int, ignore_index: int,
+    slot_is_class: bool = False,
+) -> Groups:  # fmt: skip
+    """Fill classes (2, R), and where they are given slot (N,) and, for ignored samples, pull (2, N) with zeros.
+
+    ``slot_is_class``: samples have the row of their class in tables with a row for each class.
+    """
     if target.device.type == "cpu":
         checks.labels(target, num_classes, ignore_index)
     n, rows = target.shape[0], classes.shape[1]
     places, chunk = chunk_places(n), chunk_size(n)
     compared = n <= COMPARED
-    kind = target.dtype, target.get_device(), target.stride(0), pull.dtype, compared, ignore_index
+    kind = target.dtype, target.get_device(), target.stride(0), pull is None or pull.dtype, compared, ignore_index
     # Parts begin at multiples of 16 bytes, whatever the sizes: kernels are compiled for that.
     parts = [-(-size // 4) * 4 for size in (COUNTERS.value, rows + 1, places, *((n, n) if compared else ()))]
     counters, begin, chunk_row, *sorted_ = target.new_empty(sum(parts), dtype=torch.int32).split(parts)
     if not compared:
-        labels = torch.empty_like(slot)
+        labels = target.new_empty(n, dtype=torch.int32)
         groups = Groups(counters, begin, chunk_row, labels)
         launch(
             label_kernel, (cdiv(n, 1024),), kind,
@@ -74,7 +80,8 @@ def group(target: Tensor, slot: Tensor, pull: Tensor, classes: Tensor, num_class
             launch(
                 group_kernel, (1,), kind,
                 target, target.stride(0), groups, ordered, slot, pull, classes, n, num_classes, rows, places, chunk,
-                ignore_index, KEY=key, BLOCK=block, num_warps=max(1, min(8, block // 32)), **ASSERTING,
+                ignore_index,
+                SLOT_IS_CLASS=slot_is_class, KEY=key, BLOCK=block, num_warps=max(1, min(8, block // 32)), **ASSERTING,
             )  # fmt: skip
             return groups
         launch(
@@ -84,7 +91,8 @@ def group(target: Tensor, slot: Tensor, pull: Tensor, classes: Tensor, num_class
         )  # fmt: skip
     launch(
         rows_kernel, (cdiv(n, 1024),), kind,
-        groups, ordered, slot, pull, classes, n, num_classes, chunk, BLOCK=1024, SCAN=4096, **FUSED,
+        groups, ordered, slot, pull, classes, n, num_classes, chunk, SLOT_IS_CLASS=slot_is_class, BLOCK=1024, SCAN=4096,
+        **FUSED,
     )  # fmt: skip
     return groups
 
@@ -134,8 +142,9 @@ def rank(target, stride, i, label, n, num_classes, ignore_index, KEY: tl.constex
 
 @triton.jit
 def make_rows(
-    groups, ordered, slot, pull, classes, n, num_classes, chunk, position, BLOCK: tl.constexpr, SCAN: tl.constexpr
-):
+    groups, ordered, slot, pull, classes, n, num_classes, chunk, position, SLOT_IS_CLASS: tl.constexpr,
+    BLOCK: tl.constexpr, SCAN: tl.constexpr,
+):  # fmt: skip
     """Number the classes among sorted positions position..position+BLOCK-1."""
     rows_before = 0
     begin_before = 0
@@ -161,10 +170,12 @@ def make_rows(
     tl.store(groups.counters + PRESENT + tl.zeros_like(p), row + 1, mask=final)
 
     sample = tl.load(groups.order + p, mask=p < n, other=0)
-    tl.store(slot + sample, tl.where(counted, row, -1), mask=p < n)
-    ignored = (p < n) & (counted == 0)
-    tl.store(pull + sample, 0.0, mask=ignored)
-    tl.store(pull + n + sample, 0.0, mask=ignored)
+    if slot is not None:
+        tl.store(slot + sample, tl.where(counted, label if SLOT_IS_CLASS else row, -1), mask=p < n)
+    if pull is not None:
+        ignored = (p < n) & (counted == 0)
+        tl.store(pull + sample, 0.0, mask=ignored)
+        tl.store(pull + n + sample, 0.0, mask=ignored)
 
     j = (p - begin) // chunk
     is_long = (j > 0) | (tl.load(ordered + p + chunk, mask=p + chunk < n, other=-1) == label)
@@ -199,7 +210,7 @@ def samples_of_chunk(groups, place, chunk):
 @triton.jit(**VARYING)
 def group_kernel(
     target, stride, groups, ordered, slot, pull, classes, n, num_classes, rows, places, chunk, ignore_index,
-    KEY: tl.constexpr, BLOCK: tl.constexpr,
+    SLOT_IS_CLASS: tl.constexpr, KEY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """All of it in one program."""
     i = tl.arange(0, BLOCK)
@@ -209,7 +220,7 @@ def group_kernel(
     tl.store(groups.order + position, i, mask=i < n)
     tl.store(ordered + position, label, mask=i < n)
     tl.debug_barrier()
-    make_rows(groups, ordered, slot, pull, classes, n, num_classes, chunk, 0, BLOCK, BLOCK)
+    make_rows(groups, ordered, slot, pull, classes, n, num_classes, chunk, 0, SLOT_IS_CLASS, BLOCK, BLOCK)
 
 
 @triton.jit(**VARYING)
@@ -237,6 +248,10 @@ def label_kernel(
 
 
 @triton.jit(do_not_specialize=["n", "num_classes", "chunk"])
-def rows_kernel(groups, ordered, slot, pull, classes, n, num_classes, chunk, BLOCK: tl.constexpr, SCAN: tl.constexpr):
+def rows_kernel(
+    groups, ordered, slot, pull, classes, n, num_classes, chunk, SLOT_IS_CLASS: tl.constexpr, BLOCK: tl.constexpr,
+    SCAN: tl.constexpr,
+):  # fmt: skip
     """Sorted samples as rows."""
-    make_rows(groups, ordered, slot, pull, classes, n, num_classes, chunk, tl.program_id(0) * BLOCK, BLOCK, SCAN)
+    position = tl.program_id(0) * BLOCK
+    make_rows(groups, ordered, slot, pull, classes, n, num_classes, chunk, position, SLOT_IS_CLASS, BLOCK, SCAN)

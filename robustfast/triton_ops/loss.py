@@ -15,22 +15,14 @@ from torch import Tensor
 
 from robustfast import ops
 from robustfast.checks import wide_dtype
-from robustfast.triton_ops.centroids import add_chunks, blend, sum_samples, sums_kernel
-from robustfast.triton_ops.device import cdiv, kind_of, launch, next_power_of_2, processor, registers, row_tile
-from robustfast.triton_ops.elements import matrix, scalar
-from robustfast.triton_ops.groups import (
-    FINISHED,
-    ONE_PROGRAM,
-    PRESENT,
-    chunk_places,
-    chunk_size,
-    group,
-    samples_of,
-)
-from robustfast.triton_ops.margin import margin, margin_backward
-from robustfast.triton_ops.regularization import centroid_length
+from robustfast.triton_ops.centroids import blend, sum_chunks, sum_samples
+from robustfast.triton_ops.device import cdiv, kind_of, launch, next_power_of_2, processor, row_tile
+from robustfast.triton_ops.elements import classifier, matrix, unit_rows
+from robustfast.triton_ops.finish import add_terms, finish_kernel, finish_row
+from robustfast.triton_ops.groups import ONE_PROGRAM, PRESENT, chunk_places, chunk_size, group, samples_of
+from robustfast.triton_ops.margin import margin_backward
 from robustfast.triton_ops.search import NO_SCORE, NOBODY, margin_search, scan
-from robustfast.triton_ops.variance import Chunks, add_chunk_terms, pull_class, variance_backward, variance_kernel
+from robustfast.triton_ops.variance import Chunks, pull_class, samples_tile, variance_backward, variance_kernel
 
 DENSE = 2048  # up to here every row of dW has a program; above, dW is filled and the rows that matter are written
 
@@ -59,16 +51,15 @@ def discriminative_loss(
     delta_var, delta_dist, alpha, beta, gamma, momentum = settings if scheduled is None else scheduled.tolist()
     (n, dim), num_classes, wide = input.shape, weight.shape[0], wide_dtype(input)
     rows = min(n, num_classes)
-    weight = weight if weight.stride(1) == 1 else weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
+    w = classifier(unit_rows(weight), bias)
     results = Results(*ops.discriminative_loss(input, input_noise, target, weight))
     if n == 0:
         results.loss.zero_(), results.terms.zero_()
         return results
 
     groups = group(target, results.slot, results.pull, results.classes, num_classes, ignore_index)
-    f, g, w, state = matrix(input), matrix(input_noise), matrix(weight), State(centroids, seen)
-    kind = kind_of(input, input_noise, weight, bias, centroids, seen, groups.order.dtype, dim)
+    f, g, state = matrix(input), matrix(input_noise), State(centroids, seen)
+    kind = kind_of(input, input_noise, *w.weight, w.bias, centroids, seen, groups.order.dtype, dim)
     row_terms = results.loss.new_empty((4, rows))
     finish = {"NORM": norm, "VIEWS": 1 if input_noise is None else 2, "UPDATE": update_state, "BLOCK": 256}
     family = processor(input.device).family
@@ -76,32 +67,27 @@ def discriminative_loss(
         tile = row_tile(dim, wide.itemsize, family, 16)
         launch(
             step_kernel, (rows,), kind,
-            f, g, groups, state, w, bias, results, row_terms, n, dim, num_classes, rows,
+            f, g, groups, state, w, results, row_terms, n, dim, num_classes, rows,
             delta_var, delta_dist, alpha, beta, gamma, momentum,
             BLOCK_N=tile.block_n, BLOCK_D=tile.block_d, **finish, **tile.options,
         )  # fmt: skip
         return results
     places, chunk = chunk_places(n), chunk_size(n)
-    chunks = Chunks(
-        row_terms.new_empty((places, dim)), row_terms.new_empty((places, dim)), row_terms.new_empty((2, places))
-    )
-    sum_d = sums_width(dim)
-    launch(
-        sums_kernel, (places, cdiv(dim, sum_d)), kind,
-        f, groups, chunks.sums, dim, places, chunk, BLOCK_N=16, BLOCK_D=sum_d, **registers(4, family),
-    )  # fmt: skip
-    tile = row_tile(dim, wide.itemsize, family, 16, kib=16 * 4 // min(4, input.dtype.itemsize))
+    chunks = Chunks.of(row_terms, places, dim)
+    sum_chunks(input, groups, chunks.sums, kind, family)
+    tile = samples_tile(input, family)
     launch(
         variance_kernel, (rows + places,), kind,
-        f, g, groups, state, chunks, results, row_terms, n, dim, rows, places, chunk, delta_var, alpha, momentum,
+        f, g, groups, state, None, chunks, results.tables, results.classes, results.pull, row_terms, n, dim, rows,
+        places, chunk, delta_var, alpha, momentum,
         NORM=norm, BLOCK_N=tile.block_n, BLOCK_D=tile.block_d, **tile.options,
     )  # fmt: skip
     mu, classes = results.tables[2], results.classes[0]
-    _, winner = margin_search(mu, weight, bias, classes, groups.counters)
+    _, winner = margin_search(mu, None, None, w.weight.data, w.bias, classes, groups.counters)
     tile = row_tile(dim, wide.itemsize, family, 1, least_warps=4)
     launch(
         finish_kernel, (rows,), kind,
-        groups, state, w, bias, winner, chunks, results, row_terms, dim, rows, places, chunk,
+        groups, state, w, winner, chunks, results, row_terms, dim, rows, places, chunk,
         delta_dist, alpha, beta, gamma, momentum,
         BLOCK_D=tile.block_d, **finish, **tile.options,
     )  # fmt: skip
@@ -116,14 +102,9 @@ def is_small(n: int, dim: int, num_classes: int) -> bool:
     return n <= ONE_PROGRAM and max(n, num_classes) * dim <= 2**17 and min(n, num_classes) * num_classes * dim <= 2**24
 
 
-def sums_width(dim: int) -> int:
-    """Features of a long class's chunk that one program sums."""
-    return min(256, max(16, next_power_of_2(dim)))
-
-
 @triton.jit(do_not_specialize=["n", "num_classes", "rows"])
 def step_kernel(
-    f, g, groups, state, weight, bias, results, row_terms, n, dim, num_classes, rows,
+    f, g, groups, state, classifier, results, row_terms, n, dim, num_classes, rows,
     delta_var: tl.float64, delta_dist: tl.float64, alpha: tl.float64, beta: tl.float64, gamma: tl.float64,
     momentum: tl.float64,
     NORM: tl.constexpr, VIEWS: tl.constexpr, UPDATE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -150,111 +131,15 @@ def step_kernel(
         )  # fmt: skip
         none = tl.full((), NO_SCORE, WIDE)
         nobody = tl.full((), NOBODY, tl.int32)
-        _, winner = scan(weight, bias, mu, label, 0, num_classes, none, nobody, d, dim, BLOCK_N, BLOCK_D)
+        _, winner = scan(
+            classifier, label, classifier, mu, label, 0, num_classes, none, nobody, d, dim, BLOCK_N, BLOCK_D
+        )
         winner = tl.where(winner == NOBODY, -1, winner)
         finish_row(
-            row, label, count, present, mu, centroid, pull_sum, compact, align, winner, state, weight, bias, results,
-            row_terms, d, dim, rows, delta_dist, beta, gamma, momentum, NORM, UPDATE,
+            row, label, count, present, mu, centroid, pull_sum, compact, align, winner, state, classifier,
+            results, row_terms, d, dim, rows, delta_dist, beta, gamma, momentum, NORM, UPDATE,
         )  # fmt: skip
     add_terms(groups, results, row_terms, present, rows, alpha, beta, gamma, VIEWS, BLOCK)
-
-
-@triton.jit(do_not_specialize=["rows", "places", "chunk"])
-def finish_kernel(
-    groups, state, weight, bias, winners, chunks, results, row_terms, dim, rows, places, chunk,
-    delta_dist: tl.float64, alpha: tl.float64, beta: tl.float64, gamma: tl.float64, momentum: tl.float64,
-    NORM: tl.constexpr, VIEWS: tl.constexpr, UPDATE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One row each: margin of its winner, gradients of the tables, state. The last program through adds the terms."""
-    row = tl.program_id(0)
-    present = tl.load(groups.counters + PRESENT)
-    if row >= tl.maximum(present, 1):
-        return
-    if row < present:
-        d = tl.arange(0, BLOCK_D)
-        label = tl.load(results.classes + row)
-        begin, end = samples_of(groups, row)
-        count = end - begin
-        at = results.tables + row.to(tl.int64) * dim + d
-        table = tl.cast(rows, tl.int64) * dim
-        centroid = tl.load(at, mask=d < dim, other=0)
-        mu = tl.load(at + 2 * table, mask=d < dim, other=0)
-        if count > chunk:
-            pull_sum = add_chunks(chunks.pull_sums, begin, count, chunk, d, dim, BLOCK_D)
-            compact = add_chunk_terms(chunks.terms, begin, count, chunk)
-            align = add_chunk_terms(chunks.terms + places, begin, count, chunk)
-        else:
-            pull_sum = tl.load(at + table, mask=d < dim, other=0)
-            compact = tl.load(row_terms + row)
-            align = tl.load(row_terms + rows + row)
-        finish_row(
-            row, label, count, present, mu, centroid, pull_sum, compact, align, tl.load(winners + row), state, weight,
-            bias, results, row_terms, d, dim, rows, delta_dist, beta, gamma, momentum, NORM, UPDATE,
-        )  # fmt: skip
-    add_terms(groups, results, row_terms, present, rows, alpha, beta, gamma, VIEWS, BLOCK)
-
-
-@triton.jit
-def finish_row(
-    row, label, count, present, mu, centroid, pull_sum, compact, align, winner, state, weight, bias, results, row_terms,
-    d, dim, rows, delta_dist, beta, gamma, momentum, NORM: tl.constexpr, UPDATE: tl.constexpr,
-):  # fmt: skip
-    """The gradients of one row's tables, its terms, and its class's state."""
-    WIDE: tl.constexpr = mu.dtype
-    class_share = 1 / present.to(WIDE)
-    hinge, boundary_grad, boundary_bias, margin_grad, active = margin(
-        weight, bias, mu, label, winner, d, dim, scalar(delta_dist, WIDE), scalar(beta, WIDE) * class_share
-    )
-    length, length_grad = centroid_length(centroid, NORM)
-    tau = tl.where(tl.load(state.seen + label) != 0, 1 - scalar(momentum, WIDE), scalar(1.0, WIDE))
-    mu_grad = (tau * (scalar(gamma, WIDE) * class_share * length_grad - pull_sum) + margin_grad) / count.to(WIDE)
-
-    at = results.tables + row.to(tl.int64) * dim + d
-    table = tl.cast(rows, tl.int64) * dim
-    tl.store(at + table, mu_grad, mask=d < dim)
-    tl.store(at + 2 * table, boundary_grad, mask=d < dim)
-    tl.store(results.boundary_bias + row, boundary_bias)
-    tl.store(results.classes + rows + row, tl.where(active, winner, -1))
-    tl.store(row_terms + row, compact / count.to(WIDE))
-    tl.store(row_terms + rows + row, align / count.to(WIDE))
-    tl.store(row_terms + 2 * rows + row, hinge)
-    tl.store(row_terms + 3 * rows + row, length)
-    if UPDATE:
-        finite = tl.max((centroid - centroid != 0).to(tl.int32)) == 0
-        tl.store(state.centroids + label.to(tl.int64) * dim + d, centroid, mask=d < tl.where(finite, dim, 0))
-        tl.store(state.seen + label, True, mask=finite)
-
-
-@triton.jit
-def add_terms(groups, results, row_terms, present, rows, alpha, beta, gamma, VIEWS: tl.constexpr, BLOCK: tl.constexpr):
-    """The terms, means over the classes of the batch, and the loss: by the last program."""
-    WIDE: tl.constexpr = row_terms.dtype.element_ty
-    programs = tl.maximum(present, 1)
-    tl.debug_barrier()
-    if tl.atomic_add(groups.counters + FINISHED, 1) == programs - 1:
-        classes = programs.to(WIDE)
-        compactness = add_row_terms(row_terms, present, BLOCK) / classes
-        alignment = add_row_terms(row_terms + rows, present, BLOCK) / classes
-        margin_ = add_row_terms(row_terms + 2 * rows, present, BLOCK) / classes
-        regularization = add_row_terms(row_terms + 3 * rows, present, BLOCK) / classes
-        variance = (compactness + alignment) / VIEWS
-        loss = scalar(alpha, WIDE) * variance + scalar(beta, WIDE) * margin_ + scalar(gamma, WIDE) * regularization
-        tl.store(results.loss, loss)
-        tl.store(results.terms, variance)
-        tl.store(results.terms + 1, margin_)
-        tl.store(results.terms + 2, regularization)
-        tl.store(results.terms + 3, compactness)
-        tl.store(results.terms + 4, alignment)
-
-
-@triton.jit
-def add_row_terms(row_terms, present, BLOCK: tl.constexpr):
-    total = tl.zeros((BLOCK,), row_terms.dtype.element_ty)
-    for r0 in range(0, present, BLOCK):
-        r = r0 + tl.arange(0, BLOCK)
-        # Other programs wrote these: past this multiprocessor's own cache.
-        total += tl.load(row_terms + r, mask=r < present, other=0, cache_modifier=".cg")
-    return tl.sum(total)
 
 
 def discriminative_loss_backward(

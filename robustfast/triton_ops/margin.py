@@ -9,25 +9,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from robustfast.triton_ops.elements import load_row, load_table_rows, narrow, quotient_or_zero
+from robustfast.triton_ops.elements import load_bias, load_row, load_table_rows, narrow, quotient_or_zero
 from robustfast.triton_ops.search import distance_of, score_of
 
 
 @triton.jit
-def margin(weight, bias, mu, label, winner, d, dim, delta_dist, weight_share):
+def margin(own, own_row, other, other_row, exists, mu, d, dim, delta_dist, weight_share):
     """The hinge of one class's margin, boundary_grad, boundary_bias, its gradient in mu, and whether it is active.
 
-    ``weight_share`` is beta / P; a class without a winner has -1.
+    Rows of two classifiers: the class's own, and the winner's, any where none ``exists``. ``weight_share`` is beta / P.
     """
     WIDE: tl.constexpr = mu.dtype
-    other = tl.where(winner < 0, label, winner)
-    normal = load_row(weight, other, d, dim, WIDE) - load_row(weight, label, d, dim, WIDE)
-    logit = tl.sum(normal * mu)
-    if bias is not None:
-        logit += tl.load(bias + other).to(WIDE) - tl.load(bias + label).to(WIDE)
+    normal = load_row(other.weight, other_row, d, dim, WIDE) - load_row(own.weight, own_row, d, dim, WIDE)
+    logit = tl.sum(normal * mu) + (load_bias(other.bias, other_row, WIDE) - load_bias(own.bias, own_row, WIDE))
     distance = distance_of(normal, 0)
     score = score_of(logit, distance)
-    hinge = tl.where((winner >= 0) & ((delta_dist + score <= 0) == 0), delta_dist + score, 0.0)  # nan passes
+    hinge = tl.where(exists & ((delta_dist + score <= 0) == 0), delta_dist + score, 0.0)  # nan passes
     active = hinge != 0
     boundary_bias = tl.where(active, quotient_or_zero(weight_share, distance), 0.0)
     unit = quotient_or_zero(normal, distance)

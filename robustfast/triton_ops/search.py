@@ -17,11 +17,14 @@ from torch import Tensor
 
 from robustfast.triton_ops.device import FUSED, cdiv, kind_of, launch, processor, row_tile
 from robustfast.triton_ops.elements import (
+    classifier,
     exact_sqrt,
+    load_bias,
+    load_biases,
     load_row,
     load_rows,
-    matrix,
     quotient_or_zero,
+    unit_rows,
 )
 
 NO_SCORE = tl.constexpr(float("-inf"))
@@ -76,21 +79,33 @@ DOUBLE = SearchTiles(32, 32, 16, 4, 2)
 
 
 def margin_search(
-    mu: Tensor, weight: Tensor, bias: Tensor | None, classes: Tensor, present: Tensor | None = None
+    mu: Tensor,
+    weight_c: Tensor | None,
+    bias_c: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    classes: Tensor | None = None,
+    present: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The best pair of each row's class.
 
     Args:
-        mu: (R, D) wide, contiguous.
-        weight, bias: (K, D), rows contiguous, and (K,) or None; any floating dtypes.
-        classes: int32 (R,), the class of each row, -1 where there is none.
+        mu: (R, D) wide.
+        weight_c, bias_c: (R, D) and (R,) or None, of the rows' classes; without weight_c these are rows of ``weight``.
+        weight, bias: (K, D) and (K,) or None.
+        classes: int32 (R,), the row's own row of ``weight``; -1 where there is none: with weight_c that row is not in
+            ``weight`` then, without it the row has no class.
         present: int32, its first entry the number of rows that have a class, if these come first; None for R.
 
     Returns:
         score: (R,) wide, -inf where a class has no boundary, or no class; nan where any of its scores is nan.
         winner: int32 (R,), the class on the other side, -1 where there is none.
     """
+    mu, weight = mu.contiguous(), unit_rows(weight)
     (rows, dim), num_classes, wide = mu.shape, weight.shape[0], mu.dtype
+    w, given = classifier(weight, bias), weight_c is not None
+    # In the dtype of weight, which rows of the same classifier fit.
+    own = w if weight_c is None else classifier(unit_rows(weight_c.to(weight.dtype)), bias_c)
     processors, family = processor(mu.device)
     low_dtype = operand_dtype(weight.dtype, wide)
     precision = matmul_precision(family, low_dtype)
@@ -100,31 +115,32 @@ def margin_search(
     operands = Operands(
         low=mu.new_empty((rows, dim), dtype=low_dtype),
         own_logit=mu.new_empty(rows),
+        own_half_square=mu.new_empty(rows),
         slack=mu.new_empty(rows),
         half_square=mu.new_empty(columns),
         offset=mu.new_empty(columns),
     )
-    candidates = Candidates(mu.new_empty((items, 2, tiles.block_c)), classes.new_empty((items, tiles.block_c)))
-    score, winner = mu.new_empty(rows), classes.new_empty(rows)
-    w, kind = matrix(weight), kind_of(mu, weight, bias, classes, present)
+    score, winner = mu.new_empty(rows), mu.new_empty(rows, dtype=torch.int32)
+    candidates = Candidates(mu.new_empty((items, 2, tiles.block_c)), winner.new_empty((items, tiles.block_c)))
+    kind = kind_of(mu, *own.weight, own.bias, *w.weight, w.bias, classes, present, dim)
     row = row_tile(dim, wide.itemsize, family, 16)
     weight_programs = cdiv(columns, row.block_n)
     launch(
         prepare_kernel, (weight_programs + rows,), kind,
-        mu, w, bias, classes, present, operands, num_classes, columns, dim, rows, weight_programs,
-        BLOCK_N=row.block_n, BLOCK_D=row.block_d, **row.options,
+        mu, own, w, classes, present, operands, num_classes, columns, dim, rows, weight_programs,
+        GIVEN=given, BLOCK_N=row.block_n, BLOCK_D=row.block_d, **row.options,
     )  # fmt: skip
     launch(
         search_kernel, (items,), kind,
-        w, bias, classes, present, operands, candidates, num_classes, dim, rows, items,
-        PRECISION=precision, EVEN_D=dim % tiles.block_d == 0, FLATTEN=flattened(tiles, family, dim),
+        own, w, classes, present, operands, candidates, num_classes, dim, rows, items,
+        GIVEN=given, PRECISION=precision, EVEN_D=dim % tiles.block_d == 0, FLATTEN=flattened(tiles, family, dim),
         BLOCK_C=tiles.block_c, BLOCK_K=tiles.block_k, BLOCK_D=tiles.block_d,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages, **FUSED,
     )  # fmt: skip
     launch(
         settle_kernel, (rows,), kind,
-        mu, w, bias, classes, present, operands, candidates, score, winner, num_classes, dim, rows, items,
-        BLOCK_C=tiles.block_c, BLOCK_K=tiles.block_k, BLOCK_N=row.block_n, BLOCK_D=row.block_d, BLOCK=128,
+        mu, own, w, classes, present, operands, candidates, score, winner, num_classes, dim, rows, items,
+        GIVEN=given, BLOCK_C=tiles.block_c, BLOCK_K=tiles.block_k, BLOCK_N=row.block_n, BLOCK_D=row.block_d, BLOCK=128,
         **row.options,
     )  # fmt: skip
     return score, winner
@@ -133,6 +149,7 @@ def margin_search(
 class Operands(NamedTuple):
     low: Tensor  # (R, D): mu in the matrix units' dtype
     own_logit: Tensor  # (R,): low . W_c + b_c
+    own_half_square: Tensor  # (R,): ||W_c||^2 / 2, nan where every pair of c has to be settled
     slack: Tensor  # (R,): how far two scores of the class may be from where they stand
     half_square: Tensor  # (K,), in whole tiles: ||W_i||^2 / 2, nan where every pair of i has to be settled
     offset: Tensor  # (K,), in whole tiles: b_i
@@ -215,10 +232,31 @@ def rows_used(present, rows):
     return rows if present is None else tl.load(present)
 
 
+@triton.jit
+def own_row_of(classes, row, GIVEN: tl.constexpr):
+    """Where W_c and b_c stand, in a table of their own where they are given, or in W: -1 where a row has no class."""
+    return row if GIVEN else tl.load(classes + row)
+
+
+@triton.jit
+def place_of(classes, row):
+    """Each row's own row of W, NOBODY where it is not there, or not known to be."""
+    place = tl.full(row.shape, -1, tl.int32) if classes is None else tl.load(classes + row)
+    return tl.where(place < 0, NOBODY, place)
+
+
+@triton.jit
+def half_square_of(w, bias, axis: tl.constexpr):
+    """||w||^2 / 2, nan where products and sums may leave the range."""
+    half_square = tl.sum(w * w, axis=axis) / 2
+    known = (half_square < LARGEST) & (bias < UNSURE)  # not so with nan
+    return tl.where(known, half_square, float("nan"))
+
+
 @triton.jit(do_not_specialize=["num_classes", "columns", "rows", "weight_programs"])
 def prepare_kernel(
-    mu, weight, bias, classes, present, operands, num_classes, columns, dim, rows, weight_programs,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    mu, own, classifier, classes, present, operands, num_classes, columns, dim, rows, weight_programs,
+    GIVEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """What belongs to BLOCK_N rows of W by the first programs, to one row of mu by each of the others."""
     WIDE: tl.constexpr = mu.dtype.element_ty
@@ -226,29 +264,25 @@ def prepare_kernel(
     d = tl.arange(0, BLOCK_D)
     if pid < weight_programs:
         k = pid * BLOCK_N + tl.arange(0, BLOCK_N)
-        w = load_rows(weight, k, k < num_classes, d, dim, WIDE)
-        half_square = tl.sum(w * w, axis=1) / 2
-        offset = tl.zeros_like(half_square)
-        if bias is not None:
-            offset += tl.load(bias + k, mask=k < num_classes, other=0).to(WIDE)
-        known = (half_square < LARGEST) & (offset < UNSURE)  # not so with nan
+        w = load_rows(classifier.weight, k, k < num_classes, d, dim, WIDE)
+        offset = load_biases(classifier.bias, k, k < num_classes, WIDE)
+        half_square = tl.where(k < num_classes, half_square_of(w, offset, 1), PADDING)
         offset = tl.where((k < num_classes) & ((offset < LOWEST) == 0), offset, LOWEST)
-        half_square = tl.where(k < num_classes, tl.where(known, half_square, float("nan")), PADDING)
         tl.store(operands.half_square + k, half_square, mask=k < columns)
         tl.store(operands.offset + k, offset, mask=k < columns)
     else:
         row = pid - weight_programs
-        label = tl.load(classes + row)
-        if (row < rows_used(present, rows)) & (label >= 0):
+        own_row = own_row_of(classes, row, GIVEN)
+        if (row < rows_used(present, rows)) & (own_row >= 0):
             at = row.to(tl.int64) * dim + d
             mu_c = tl.load(mu + at, mask=d < dim, other=0)
             low = round_to(mu_c, operands.low.dtype.element_ty)
             tl.store(operands.low + at, low, mask=d < dim)
-            w = load_row(weight, label, d, dim, WIDE)
-            own_logit = tl.sum(low.to(WIDE) * w)
-            if bias is not None:
-                own_logit += tl.load(bias + label).to(WIDE)
+            w = load_row(own.weight, own_row, d, dim, WIDE)
+            bias_c = load_bias(own.bias, own_row, WIDE)
+            own_logit = tl.sum(low.to(WIDE) * w) + bias_c
             tl.store(operands.own_logit + row, own_logit)
+            tl.store(operands.own_half_square + row, half_square_of(w, bias_c, 0))
             # A score changes by ||mu - low|| at most. Products are wrong by some part of the lengths; between rows that
             # are not close, ||W_i|| + ||W_c|| is less than 9 times the distance and ||W_c|| alone less than 4 times.
             rounded = mu_c - low.to(WIDE)
@@ -275,8 +309,8 @@ def tiles_of(split, splits, num_classes, BLOCK_K: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_classes", "rows", "max_items"])
 def search_kernel(
-    weight, bias, classes, present, operands, candidates, num_classes, dim, rows, max_items,
-    PRECISION: tl.constexpr, EVEN_D: tl.constexpr, FLATTEN: tl.constexpr,
+    own, classifier, classes, present, operands, candidates, num_classes, dim, rows, max_items,
+    GIVEN: tl.constexpr, PRECISION: tl.constexpr, EVEN_D: tl.constexpr, FLATTEN: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The candidates of each block of classes and split of W."""
@@ -292,19 +326,19 @@ def search_kernel(
     LOW: tl.constexpr = WIDE if INTERPRETED else operands.low.dtype.element_ty
     # Rows past the end repeat the last one, and so do columns, which have the lowest of scores.
     row = tl.minimum(item % blocks * BLOCK_C + tl.arange(0, BLOCK_C), used - 1)
-    label = tl.maximum(tl.load(classes + row), 0)
-    own_logit, own_half_square = tl.load(operands.own_logit + row), tl.load(operands.half_square + label)
+    own_tile = place_of(classes, row) // BLOCK_K
+    own_logit, own_half_square = tl.load(operands.own_logit + row), tl.load(operands.own_half_square + row)
     close = own_half_square * CLOSE + SMALLEST
     slack = tl.load(operands.slack + row) * SQRT2
     mu_rows = operands.low + row.to(tl.int64)[:, None] * dim
-    own_rows = weight.data + label.to(tl.int64)[:, None] * weight.row
+    own_rows = own.weight.data + tl.maximum(own_row_of(classes, row, GIVEN), 0).to(tl.int64)[:, None] * own.weight.row
     best = tl.full((BLOCK_C,), NO_SCORE, WIDE)
     others = tl.full((BLOCK_C,), NO_SCORE, WIDE)
     best_code = tl.zeros((BLOCK_C,), tl.int32)
     place = tl.arange(0, BLOCK_K)
     for tile in tl.range(first_tile, last_tile, flatten=FLATTEN):
         k = tl.minimum(tile * BLOCK_K + place, num_classes - 1)
-        rows_k = weight.data + k.to(tl.int64)[None, :] * weight.row
+        rows_k = classifier.weight.data + k.to(tl.int64)[None, :] * classifier.weight.row
         # Each pair's logit difference, and -||W_i - W_c||^2 / 2: what the products are added to.
         at = tile * BLOCK_K + place
         logit = tl.load(operands.offset + at)[None, :] - own_logit[:, None]
@@ -326,7 +360,7 @@ def search_kernel(
         top = tl.max(scores, axis=1)
         least = top - slack - tl.where(tl.abs(top) < UNSURE, distance_error(WIDE) * tl.abs(top), 0.0)
         code = tl.where(scores > NO_SCORE, tl.where(scores >= least[:, None], (place + ONE_PAIR)[None, :], 0), NO_PAIR)
-        code = tl.sum(code, axis=1) - tl.where(label // BLOCK_K == tile, NO_PAIR, 0)
+        code = tl.sum(code, axis=1) - tl.where(own_tile == tile, NO_PAIR, 0)
         one = (code >= ONE_PAIR) & (code < 2 * ONE_PAIR) & (top < UNSURE)
         top = tl.where(code < NO_PAIR, top, UNSURE)
         code = tl.where(one, tile * BLOCK_K + (code - ONE_PAIR), -1 - tile)
@@ -341,17 +375,19 @@ def search_kernel(
 
 @triton.jit(do_not_specialize=["num_classes", "rows", "max_items"])
 def settle_kernel(
-    mu, weight, bias, classes, present, operands, candidates, score, winner, num_classes, dim, rows, max_items,
-    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+    mu, own, classifier, classes, present, operands, candidates, score, winner, num_classes, dim, rows, max_items,
+    GIVEN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row each: its candidates' scores from differences of rows of W."""
     WIDE: tl.constexpr = mu.dtype.element_ty
     row = tl.program_id(0)
     used = rows_used(present, rows)
-    label = tl.load(classes + row)
+    own_row = own_row_of(classes, row, GIVEN)
     best = tl.full((), NO_SCORE, WIDE)
     best_class = tl.full((), NOBODY, tl.int32)
-    if (row < used) & (label >= 0):
+    if (row < used) & (own_row >= 0):
+        place_c = place_of(classes, row)
         d = tl.arange(0, BLOCK_D)
         mu_c = tl.load(mu + row.to(tl.int64) * dim + d, mask=d < dim, other=0)
         splits, blocks = splits_of(used, max_items, num_classes, BLOCK_C, BLOCK_K)
@@ -377,7 +413,7 @@ def settle_kernel(
                     first_tile, last_tile = tiles_of(split, splits, num_classes, BLOCK_K)
                     begin, end = first_tile * BLOCK_K, tl.minimum(last_tile * BLOCK_K, num_classes)
                 best, best_class = scan(
-                    weight, bias, mu_c, label, begin, end, best, best_class, d, dim, BLOCK_N, BLOCK_D
+                    own, own_row, classifier, mu_c, place_c, begin, end, best, best_class, d, dim, BLOCK_N, BLOCK_D
                 )
                 open_ = open_ & (s != split)
     tl.store(score + row, best)
@@ -402,21 +438,22 @@ def pairs_of(code, num_classes, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def scan(weight, bias, mu, label, begin, end, best, best_class, d, dim, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+def scan(
+    own, own_row, classifier, mu, place_c, begin, end, best, best_class, d, dim, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """The better of the best pair so far and those with classes begin..end-1, from differences of rows of W.
 
     Equal scores: the lowest class. A score of nan is the best, and ends the search.
     """
     WIDE: tl.constexpr = mu.dtype
-    own = load_row(weight, label, d, dim, WIDE)
+    w_c, bias_c = load_row(own.weight, own_row, d, dim, WIDE), load_bias(own.bias, own_row, WIDE)
     k0 = begin
     while (k0 < end) & (best == best):
         k = k0 + tl.arange(0, BLOCK_N)
-        valid = (k < end) & (k != label)
-        normal = load_rows(weight, k, valid, d, dim, WIDE) - own[None, :]
-        logit = tl.sum(normal * mu[None, :], axis=1)
-        if bias is not None:
-            logit += tl.load(bias + k, mask=valid, other=0).to(WIDE) - tl.load(bias + label).to(WIDE)
+        valid = (k < end) & (k != place_c)
+        normal = load_rows(classifier.weight, k, valid, d, dim, WIDE) - w_c[None, :]
+        logit = tl.sum(normal * mu[None, :], axis=1) + (load_biases(classifier.bias, k, valid, WIDE) - bias_c)
         distance = distance_of(normal, 1)
         score = tl.where(valid & (distance != 0), score_of(logit, distance), NO_SCORE)
         broken = tl.min(tl.where(score == score, NOBODY, k))

@@ -12,7 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from robustfast.triton_ops.centroids import add_chunks, blend, sum_samples
+from robustfast import checks
+from robustfast.triton_ops.centroids import add_chunks, blend, sum_row
+from robustfast.triton_ops.device import RowTile, row_tile
 from robustfast.triton_ops.elements import direction, length_of, load_rows, load_table_rows, quotient_or_zero, scalar
 from robustfast.triton_ops.groups import PRESENT, first_chunk, samples_of, samples_of_chunk
 
@@ -23,6 +25,23 @@ class Chunks(NamedTuple):
     sums: Tensor  # (places, D) of clean features
     pull_sums: Tensor  # (places, D)
     terms: Tensor  # (2, places) squared hinges, clean and noisy
+
+    @classmethod
+    def of(cls, like: Tensor, places: int, dim: int) -> Chunks:
+        return cls(like.new_empty((places, dim)), like.new_empty((places, dim)), like.new_empty((2, places)))
+
+
+class Given(NamedTuple):
+    """Centroids from elsewhere, with a row for each class."""
+
+    centroid: Tensor  # (K, D)
+    sample_share: Tensor  # (K,)
+
+
+def samples_tile(input: Tensor, family: str) -> RowTile:
+    """A tile of samples about a centroid."""
+    wide = checks.wide_dtype(input)
+    return row_tile(input.shape[1], wide.itemsize, family, 16, kib=16 * 4 // min(4, input.dtype.itemsize))
 
 
 @triton.jit
@@ -69,16 +88,16 @@ def pull_class(
 
 @triton.jit(do_not_specialize=["n", "rows", "places", "chunk"])
 def variance_kernel(
-    f, g, groups, state, chunks, results, row_terms, n, dim, rows, places, chunk,
+    f, g, groups, state, given, chunks, tables, classes, pull, row_terms, n, dim, rows, places, chunk,
     delta_var: tl.float64, alpha: tl.float64, momentum: tl.float64,
     NORM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Programs 0..R-1 take the classes of few samples, the others the chunks of long ones.
 
     Writes pull, the table of centroids, mu (where boundary_grad will be), pull_sum (where mu_grad will be), and the
-    first two of each row's terms.
+    squared hinges of each row's two views. Where centroids are ``given`` it writes none, and no mu.
     """
-    WIDE: tl.constexpr = results.tables.dtype.element_ty
+    WIDE: tl.constexpr = tables.dtype.element_ty
     pid = tl.program_id(0)
     present = tl.load(groups.counters + PRESENT)
     place = pid - rows
@@ -94,32 +113,67 @@ def variance_kernel(
         return
 
     d = tl.arange(0, BLOCK_D)
-    label = tl.load(results.classes + row)
+    label = tl.load(classes + row)
     count = row_end - row_begin
-    if count <= chunk:
-        total = sum_samples(f, groups.order, begin, end, d, dim, WIDE, BLOCK_N, BLOCK_D)
-    else:
-        total = add_chunks(chunks.sums, row_begin, count, chunk, d, dim, BLOCK_D)
-    mu = total / count.to(WIDE)
-    centroid = blend(mu, state, label, d, dim, momentum)
     at = row.to(tl.int64) * dim + d
     table = tl.cast(rows, tl.int64) * dim
-    if begin == row_begin:
-        tl.store(results.tables + at, centroid, mask=d < dim)
-        tl.store(results.tables + 2 * table + at, mu, mask=d < dim)
-    sample_share = 1 / (present.to(WIDE) * count.to(WIDE))
+    if given is None:
+        total = sum_row(f, groups.order, chunks.sums, row_begin, count, chunk, d, dim, WIDE, BLOCK_N, BLOCK_D)
+        mu = total / count.to(WIDE)
+        centroid = blend(mu, state, label, d, dim, momentum)
+        sample_share = 1 / (present.to(WIDE) * count.to(WIDE))
+        if begin == row_begin:
+            tl.store(tables + at, centroid, mask=d < dim)
+            tl.store(tables + 2 * table + at, mu, mask=d < dim)
+    else:
+        centroid = tl.load(given.centroid + label.to(tl.int64) * dim + d, mask=d < dim, other=0)
+        sample_share = tl.load(given.sample_share + label)
     pull_sum, compact, align = pull_class(
-        f, g, groups.order, results.pull, begin, end, centroid, n, d, dim, delta_var, alpha, sample_share,
+        f, g, groups.order, pull, begin, end, centroid, n, d, dim, delta_var, alpha, sample_share,
         NORM, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     if pid < rows:
-        tl.store(results.tables + table + at, pull_sum, mask=d < dim)
+        tl.store(tables + table + at, pull_sum, mask=d < dim)
         tl.store(row_terms + row, compact)
         tl.store(row_terms + rows + row, align)
     else:
         tl.store(chunks.pull_sums + place.to(tl.int64) * dim + d, pull_sum, mask=d < dim)
         tl.store(chunks.terms + place, compact)
         tl.store(chunks.terms + places + place, align)
+
+
+@triton.jit
+def row_pulls(chunks, tables, row_terms, row, begin, count, rows, places, chunk, d, dim, BLOCK_D: tl.constexpr):
+    """(pull_sum, squared hinges of the clean view, of the noisy one) of a row, as `variance_kernel` left them."""
+    if count > chunk:
+        pull_sum = add_chunks(chunks.pull_sums, begin, count, chunk, d, dim, BLOCK_D)
+        compact = add_chunk_terms(chunks.terms, begin, count, chunk)
+        align = add_chunk_terms(chunks.terms + places, begin, count, chunk)
+    else:
+        at = (tl.cast(rows, tl.int64) + row) * dim + d
+        pull_sum = tl.load(tables + at, mask=d < dim, other=0)
+        compact = tl.load(row_terms + row)
+        align = tl.load(row_terms + rows + row)
+    return pull_sum, compact, align
+
+
+@triton.jit(do_not_specialize=["rows", "places", "chunk"])
+def class_pulls_kernel(
+    groups, given, chunks, tables, classes, row_terms, pull_sums, dim, rows, places, chunk, BLOCK_D: tl.constexpr
+):
+    """The pull_sum of one class, in its row of pull_sums (K, D), and its share of the terms in place of its squares."""
+    row = tl.program_id(0)
+    if row < tl.load(groups.counters + PRESENT):
+        d = tl.arange(0, BLOCK_D)
+        label = tl.load(classes + row)
+        begin, end = samples_of(groups, row)
+        pull_sum, compact, align = row_pulls(
+            chunks, tables, row_terms, row, begin, end - begin, rows, places, chunk, d, dim, BLOCK_D
+        )
+        tl.store(pull_sums + label.to(tl.int64) * dim + d, pull_sum, mask=d < dim)
+        sample_share = tl.load(given.sample_share + label)
+        tl.store(row_terms + row, sample_share * compact)
+        tl.store(row_terms + rows + row, sample_share * align)
 
 
 @triton.jit
