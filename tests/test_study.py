@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.study import claims, page, readme
+from benchmarks.study import claims, collected, page, readme
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -15,6 +15,11 @@ def test_pages_are_what_the_results_say():
     text = (ROOT / "README.md").read_text()
     assert readme.readme(text, RESULTS) == text, "python -m benchmarks.study document"
     assert len(readme.MARKS.findall(text)) == 2
+
+
+def test_collecting_nothing_says_so(tmp_path):
+    with pytest.raises(SystemExit, match=r"no run of the study is finished there"):
+        collected.collect(tmp_path / "runs", {"data": "digits"})
 
 
 def study(low, high, accuracies=(0.9, 0.9)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count, takewhile
 from pathlib import Path
@@ -25,6 +26,8 @@ def collect(place: Path, about: dict[str, Any]) -> dict[str, Any]:
     """What docs/study.md is made of; ``place`` holds the runs' folders, those that are finished count."""
     found = {arm.name: list(_finished(place, arm)) for arm in ARMS}
     models = {name: of_arm for name, of_arm in found.items() if of_arm}
+    if not models:
+        sys.exit(f"{place}: no run of the study is finished there; without --collect it is trained")
     methods = {arm.name: models[arm.name] for arm in METHOD_ARMS if arm.name in models}
     first = next(iter(models.values()))[0]
     return {

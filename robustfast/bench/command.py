@@ -27,7 +27,7 @@ def bench(
     backends: Annotated[str | None, typer.Option(help=f"of {', '.join(LIBRARIES)} with commas between; all")] = None,
     dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}; several with commas between")] = "float32",
     device: Annotated[str, typer.Option(help="cpu or cuda; default: a GPU where there is one")] = "auto",
-    seconds: Annotated[float, typer.Option(min=0.01, help="to spend on each table")] = 6.0,
+    seconds: Annotated[float, typer.Option(min=0.01, help="to spend on each table")] = 4.0,
     scaling: Annotated[bool, typer.Option("--scaling", help="also the loss over N, D and K, one at a time")] = False,
     graphs: Annotated[bool, typer.Option(help="on GPUs, also each step in a CUDA graph")] = True,
     out: Annotated[Path, typer.Option(help="folder of results.json and charts")] = Path("bench"),
