@@ -57,25 +57,28 @@ RF_DEVICE F block_max(F value) {
   return value;
 }
 
+// The sum over the lanes up to this one.
+template <class I>
+RF_DEVICE I lanes_scan(I value) {
+  RF_UNROLL
+  for (int step = 1; step < 32; step *= 2) {
+    const I other = __shfl_up_sync(all_lanes, value, step);
+    if (lane_id() >= step) value += other;
+  }
+  return value;
+}
+
 // The sum over the threads before this one; `total` gets that over all. All threads call it.
 template <class I>
 RF_DEVICE I block_scan(I value, I& total) {
   __shared__ I of_warp[max_warps];
-  I before = value;
-  for (int step = 1; step < 32; step *= 2) {
-    const I other = __shfl_up_sync(all_lanes, before, step);
-    if (lane_id() >= step) before += other;
-  }
+  const I in_warp = lanes_scan(value);
   __syncthreads();  // of an earlier call's reads
-  if (lane_id() == 31) of_warp[warp_id()] = before;
+  if (lane_id() == 31) of_warp[warp_id()] = in_warp;
   __syncthreads();
-  I warps_before = 0, sum = 0;
-  for (int w = 0; w < num_warps(); ++w) {
-    if (w < warp_id()) warps_before += of_warp[w];
-    sum += of_warp[w];
-  }
-  total = sum;
-  return warps_before + before - value;
+  const I of_warps = lanes_scan(lane_id() < num_warps() ? of_warp[lane_id()] : I(0));
+  total = __shfl_sync(all_lanes, of_warps, 31);
+  return __shfl_sync(all_lanes, of_warps, warp_id()) - of_warp[warp_id()] + in_warp - value;
 }
 
 // Whether this block is the last of `count` to come here, so that it sees what the others wrote. All threads call it.

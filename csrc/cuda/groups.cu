@@ -17,11 +17,16 @@ __global__ void __launch_bounds__(group_threads, 1) group_in_block_kernel(const 
 template <class Classes>
 __global__ void __launch_bounds__(group_threads, 1)
     keys_kernel(const Classes classes, const Groups groups, uint32_t* keys, int32_t* order) {
-  const int64_t t = int64_t(blockIdx.x) * group_threads + threadIdx.x, threads = int64_t(gridDim.x) * group_threads;
-  clear_rows(groups, t, threads);
-  for (int64_t i = t; i < groups.n; i += threads) {
-    keys[i] = classes(i);
-    order[i] = int32_t(i);
+  const int64_t first = int64_t(blockIdx.x) * group_tile;
+  const auto entry = [&](int k) { return first + tile_position(k); };
+  uint32_t key[group_per_thread];
+  classes.load(entry, groups.n, key);
+  clear_rows(groups, int64_t(blockIdx.x) * group_threads + threadIdx.x, int64_t(gridDim.x) * group_threads);
+  RF_UNROLL
+  for (int k = 0; k < group_per_thread; ++k) {
+    if (entry(k) >= groups.n) continue;
+    keys[entry(k)] = key[k];
+    order[entry(k)] = int32_t(entry(k));
   }
 }
 
@@ -46,12 +51,18 @@ __global__ void __launch_bounds__(group_threads, 1)
 template <class I>
 __global__ void __launch_bounds__(group_threads, 1) scan_kernel(I* values, int64_t size) {
   I before = 0;
-  for (int64_t first = 0; first < size; first += group_threads) {
-    const int64_t i = first + threadIdx.x;
-    I total;
-    const I sum = block_scan(i < size ? values[i] : I(0), total);
-    if (i < size) values[i] = before + sum;
+  for (int64_t first = 0; first < size; first += group_tile) {
+    const int64_t begin = first + int64_t(threadIdx.x) * group_per_thread;
+    I value[group_per_thread], sum = 0, total;
+    RF_UNROLL
+    for (int k = 0; k < group_per_thread; ++k) sum += value[k] = begin + k < size ? values[begin + k] : I(0);
+    I at = before + block_scan(sum, total);
     before += total;
+    RF_UNROLL
+    for (int k = 0; k < group_per_thread; ++k) {
+      if (begin + k < size) values[begin + k] = at;
+      at += value[k];
+    }
   }
 }
 

@@ -61,11 +61,26 @@ struct Chunk {
   RF_DEVICE int64_t place() const { return place(begin / size - row_begin / size); }
 };
 
+// The classes of entries, `count` at a time so that their loads overlap: key[k] becomes that of entry(k), and
+// num_classes where entry(k) is not below n.
+
 // The classes of samples.
 struct SampleClasses {
   Matrix target;
   int64_t num_classes, ignore_index;
-  RF_DEVICE uint32_t operator()(int64_t i) const { return uint32_t(class_of(target, i, num_classes, ignore_index)); }
+
+  template <int count, class Entry>
+  RF_DEVICE void load(const Entry& entry, int64_t n, uint32_t (&key)[count]) const {
+    visit_label(target.dtype, [&](auto zero) {
+      decltype(zero) label[count];
+      RF_UNROLL
+      for (int k = 0; k < count; ++k) label[k] = *target.row<decltype(zero)>(entry(k) < n ? entry(k) : 0);
+      RF_UNROLL
+      for (int k = 0; k < count; ++k) {
+        key[k] = uint32_t(entry(k) < n ? class_of(int64_t(label[k]), num_classes, ignore_index) : num_classes);
+      }
+    });
+  }
 };
 
 // The rows of the classifier's gradient that boundaries give to: entry r < rows adds for the winner of row r, entry
@@ -73,10 +88,20 @@ struct SampleClasses {
 struct BoundaryClasses {
   const int32_t *classes, *winner;
   int64_t rows, num_classes;
-  RF_DEVICE uint32_t operator()(int64_t i) const {
-    const int64_t row = i < rows ? i : i - rows;
-    if (winner[row] < 0) return uint32_t(num_classes);
-    return uint32_t(i < rows ? winner[row] : classes[row]);
+
+  template <int count, class Entry>
+  RF_DEVICE void load(const Entry& entry, int64_t n, uint32_t (&key)[count]) const {
+    int32_t wins[count], loses[count];
+    RF_UNROLL
+    for (int k = 0; k < count; ++k) {
+      const int64_t i = entry(k) < n ? entry(k) : 0, row = i < rows ? i : i - rows;
+      wins[k] = winner[row], loses[k] = classes[row];
+    }
+    RF_UNROLL
+    for (int k = 0; k < count; ++k) {
+      const bool counts = entry(k) < n && wins[k] >= 0;
+      key[k] = uint32_t(!counts ? num_classes : entry(k) < rows ? wins[k] : loses[k]);
+    }
   }
 };
 

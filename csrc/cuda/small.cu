@@ -49,7 +49,7 @@ RF_DEVICE int32_t group(const Loss<Wide>& a, const Small<Wide>& s) {
   const int32_t t = int32_t(threadIdx.x), n = int32_t(a.n), classes = int32_t(a.num_classes);
   if (t < classes) s.row_of_class[t] = -1;
   __syncthreads();
-  const int32_t mine = t < n ? class_of(a.target, t, classes, a.ignore_index) : classes;
+  const int32_t mine = t < n ? class_of(label_at(a.target, t), classes, a.ignore_index) : classes;
   if (t < n) s.class_of_sample[t] = mine;
   if (mine < classes) s.row_of_class[mine] = 0;
   __syncthreads();
