@@ -178,7 +178,9 @@ def test_implementations_compute_the_same(tiny):
 
 
 def test_margins_are_searched_alike(monkeypatch):
-    monkeypatch.setattr(cases, "MARGIN", {f"sizes{kind}": (40, 24, 40) for kind in ("", "-trained", "-worst")})
+    monkeypatch.setattr(
+        cases, "MARGIN", {f"sizes{kind}": (40, 24, 40) for kind in ("", "-trained", "-worst", "-groups")}
+    )
     for shape in cases.MARGIN:
         case = cases.margin(shape, torch.float32, CPU, cases.usable(None, CPU)[0])
         for name in set(case.steps) - {*cases.PEERS, cases.PRODUCTS}:
