@@ -51,14 +51,14 @@ def once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..
 class DiscriminativeLossFunction(torch.autograd.Function):
     """(loss, terms): the scalar, and (variance, margin, regularization, compactness, alignment) without gradient.
 
-    ``call`` is all that has no gradient, in one argument, as autograd handles each of them: (backend, target,
-    centroids, seen, settings, scheduled, norm, update_state, ignore_index).
+    ``call`` is all that has no gradient, in one argument, as autograd handles each of them: (op, target, centroids,
+    seen, settings, scheduled, norm, update_state, ignore_index). ``op`` has discriminative_loss and
+    discriminative_loss_backward: a backend's library, or what puts collectives between steps.
     """
 
     @staticmethod
     def forward(ctx, input, input_noise, weight, bias, call):
-        backend, target, centroids, seen, settings, scheduled, norm, update_state, ignore_index = call
-        op = ops(backend)
+        op, target, centroids, seen, settings, scheduled, norm, update_state, ignore_index = call
         loss, terms, *saved = op.discriminative_loss(
             input, input_noise, target, weight, bias, centroids, seen, settings, scheduled, norm, update_state,
             ignore_index,

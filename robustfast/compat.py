@@ -26,19 +26,10 @@ class DiscriminativeLoss_forcing(DiscriminativeLoss, _Loss):
     """
 
     def __init__(
-        self,
-        num_classes: int = 10,
-        dim: int = 256,
-        delta_var: float = 0.5,
-        delta_dist: float = 3.0,
-        norm: int = 2,
-        alpha: float = 1.0,
-        beta: float = 1.0,
-        gamma: float = 0.001,
-        momentum: float = 0.99,
-        size_average: bool = True,
+        self, num_classes: int = 10, dim: int = 256, delta_var: float = 0.5, delta_dist: float = 3.0, norm: int = 2,
+        alpha: float = 1.0, beta: float = 1.0, gamma: float = 0.001, momentum: float = 0.99, size_average: bool = True,
         **keywords: Any,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(num_classes, dim, delta_var, delta_dist, norm, alpha, beta, gamma, momentum, **keywords)
         self.reduction = "mean" if size_average else "sum"
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,6 @@ from torch import Tensor
 from robustfast import autograd, checks, reference
 from robustfast.backends import home, ops, resolve
 from robustfast.cross_entropy import linear_cross_entropy
-from robustfast.global_batch import GlobalLossFunction
 from robustfast.noise import (
     check_channels,
     check_no_gradient,
@@ -101,13 +101,14 @@ def discriminative_loss(
 
 def loss_and_terms(
     input, input_noise, target, weight, bias, centroids, seen, settings, norm, update_state, ignore_index, backend,
-    ranks=None,
+    op_of: Callable[[str], Any] = ops, least: int = 2,
 ) -> tuple[Tensor, Sequence[Tensor] | Tensor]:  # fmt: skip
     """The loss, and the other :class:`Terms`: of kernels as one tensor, since a step that logs none pays for none.
 
-    ``ranks`` are :class:`~robustfast.gathering.Ranks` whose batches count as one; None: this rank alone.
+    ``op_of`` gives the ops of a backend: where several ranks have one batch, those that put collectives between steps.
+    ``least`` classes at least are here.
     """
-    target = checks.discriminative_loss(input, input_noise, target, weight, bias, centroids, seen)
+    target = checks.discriminative_loss(input, input_noise, target, weight, bias, centroids, seen, least)
     checks.loss_settings(settings, norm, ignore_index)
     norm = int(norm)
     chosen = resolve(backend, input.device.type, "discriminative_loss")
@@ -116,17 +117,15 @@ def loss_and_terms(
     moves = update_state and reference.state_moves()
     if moves:
         checks.state(centroids, seen)
-    if ranks is None and chosen == "reference":
+    if op_of is ops and chosen == "reference":
         checks.labels(target, weight.shape[0], ignore_index)
         loss, *terms = reference.discriminative_loss(
             input, input_noise, target, weight, bias, centroids, seen, norm=norm, update_state=moves,
             ignore_index=ignore_index, **settings._asdict(),
         )  # fmt: skip
         return loss, terms
-    call = (chosen, target, centroids, seen, *as_arguments(settings), norm, moves, ignore_index)
-    if ranks is None:
-        return autograd.DiscriminativeLossFunction.apply(input, input_noise, weight, bias, call)
-    return GlobalLossFunction.apply(input, input_noise, weight, bias, (*call, ranks))
+    call = (op_of(chosen), target, centroids, seen, *as_arguments(settings), norm, moves, ignore_index)
+    return autograd.DiscriminativeLossFunction.apply(input, input_noise, weight, bias, call)
 
 
 def as_arguments(settings: Settings) -> tuple[Sequence[float], Tensor | None]:

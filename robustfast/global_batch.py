@@ -8,44 +8,41 @@ Backward has none: a rank has the gradients of its own samples, and those of W a
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from robustfast import checks, collectives, reference, steps
-from robustfast.autograd import DiscriminativeLossFunction
 from robustfast.backends import ops
 from robustfast.costs import Step
-from robustfast.gathering import checked_apart, gather_batch, refuse
+from robustfast.gathering import Ranks, checked_apart, gather_batch, refuse
 from robustfast.reference import readable, rows_of
 from robustfast.shards import Block, fetch, write_block
 
 EXCHANGES = ("auto", "sums", "gather")
 
 
-class GlobalLossFunction(DiscriminativeLossFunction):
-    """(loss, terms) of the batches of all ranks.
+class GlobalLoss(NamedTuple):
+    """The loss's ops, of the batches of all ranks.
 
-    ``call`` ends with the ranks. The gradients of features are multiplied by the number of ranks, by which
-    DistributedDataParallel divides what it adds up.
+    Gradients of features are multiplied by the number of ranks, by which DistributedDataParallel divides what it adds
+    up.
     """
 
-    @staticmethod
-    def forward(ctx, input, input_noise, weight, bias, call):
-        backend, target, centroids, seen, settings, scheduled, norm, update_state, ignore_index, ranks = call
-        arguments = (input, input_noise, target, weight, bias, centroids, seen, settings, scheduled, norm)
-        loss_of = by_sums if ranks.exchange == "sums" else by_gathering
+    ranks: Ranks
+    backend: str
+
+    def discriminative_loss(self, input: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        loss_of = by_sums if self.ranks.exchange == "sums" else by_gathering
         with torch.autocast(input.device.type, enabled=False):
-            loss, terms, slot, pull, tables, *rest = loss_of(backend, ranks, *arguments, update_state, ignore_index)
-            size = collectives.size(ranks.group)
+            loss, terms, slot, pull, tables, *rest = loss_of(self.backend, self.ranks, input, *arguments)
+            size = collectives.size(self.ranks.group)
             tables[1] *= size  # mu_grad
-            saved = (slot, pull * size, tables, *rest)
-        ctx.save_for_backward(input, input_noise, weight, bias, *saved)
-        ctx.backward_op, ctx.norm = steps.of(backend).discriminative_loss_backward, norm
-        ctx.mark_non_differentiable(terms)
-        ctx.set_materialize_grads(False)  # no zeros for the gradient of the terms
-        return loss, terms
+            return loss, terms, slot, pull * size, tables, *rest
+
+    def discriminative_loss_backward(self, *arguments: Any) -> tuple[Tensor, ...]:
+        return steps.of(self.backend).discriminative_loss_backward(*arguments)
 
 
 def by_sums(

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from robustfast import checks, functional, process_groups
+from robustfast.backends import ops
 from robustfast.gathering import Ranks
-from robustfast.global_batch import EXCHANGES, choose
+from robustfast.global_batch import EXCHANGES, GlobalLoss, choose
 from robustfast.reference import Settings, Terms
 
 
@@ -99,12 +101,15 @@ class DiscriminativeLoss(nn.Module):
         """
         weight, bias = checks.classifier(fc, input, self.num_classes, self.dim)
         group = process_groups.training_group(self)
-        ranks = None if group is None else self._ranks(input, group)
+        op_of = ops if group is None else partial(GlobalLoss, self._ranks(input, group))
+        return self._loss(input, input_noise, target, weight, bias, op_of)
+
+    def _loss(self, input, input_noise, target, weight, bias, op_of, least: int = 2) -> Tensor | Terms:
         settings = Settings(self.delta_var, self.delta_dist, self.alpha, self.beta, self.gamma, self.momentum)
         state = self._buffers  # which a module looks through slowly
         loss, terms = functional.loss_and_terms(
             input, input_noise, target, weight, bias, state["centroids"], state["seen"], settings, self.norm,
-            self.training, self.ignore_index, self.backend, ranks,
+            self.training, self.ignore_index, self.backend, op_of, least,
         )  # fmt: skip
         return Terms(loss, *terms) if self.return_terms else loss
 

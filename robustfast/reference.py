@@ -40,19 +40,9 @@ class Terms(NamedTuple):
 
 
 def discriminative_loss(
-    input: Tensor,
-    input_noise: Tensor | None,
-    target: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    centroids: Tensor,
-    seen: Tensor,
-    *,
-    norm: int = 2,
-    update_state: bool = True,
-    ignore_index: int = -100,
-    **settings: float,
-) -> Terms:
+    input: Tensor, input_noise: Tensor | None, target: Tensor, weight: Tensor, bias: Tensor | None, centroids: Tensor,
+    seen: Tensor, *, norm: int = 2, update_state: bool = True, ignore_index: int = -100, **settings: float,
+) -> Terms:  # fmt: skip
     """See :func:`robustfast.functional.discriminative_loss`; ``settings`` are those of :class:`Settings`."""
     s = Settings(**settings)
     with no_autocast(input.device):

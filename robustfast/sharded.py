@@ -10,96 +10,50 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from robustfast import checks, collectives, functional, process_groups, reference, steps
-from robustfast.autograd import once_differentiable
-from robustfast.backends import resolve
+from robustfast import checks, collectives, functional, process_groups, steps
+from robustfast.backends import ops
 from robustfast.cross_entropy import cross_entropy, linear_cross_entropy
 from robustfast.global_batch import by_rows
 from robustfast.losses import DiscriminativeLoss
-from robustfast.reference import Settings, Terms
+from robustfast.reference import Terms
 from robustfast.shards import Block, best_of_ranks, gather_samples
 
 
-def discriminative_loss(
-    input: Tensor,
-    input_noise: Tensor | None,
-    target: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    centroids: Tensor,
-    seen: Tensor,
-    *,
-    block: Block,
-    norm: int,
-    update_state: bool,
-    ignore_index: int,
-    max_batch: int | None,
-    backend: str,
-    **numbers: float,
-) -> Terms:
-    """As robustfast.functional's, of all ranks' batches; weight, bias and state are this rank's part of the classes."""
-    target = checks.discriminative_loss(input, input_noise, target, weight, bias, centroids, seen, least=0)
-    settings = Settings(**numbers)
-    checks.loss_settings(settings, norm, ignore_index)
-    chosen = resolve(backend, input.device.type, "discriminative_loss")
-    moves = update_state and reference.state_moves()
-    if moves:
-        checks.state(centroids, seen)
-    loss, terms = ShardedLossFunction.apply(
-        chosen, input, input_noise, target, weight, bias, centroids, seen, block,
-        *functional.as_arguments(settings), norm, moves, ignore_index, max_batch,
-    )  # fmt: skip
-    return Terms(loss, *terms.unbind())
+class ShardedLoss(NamedTuple):
+    """The loss's ops, of all ranks' batches and all ranks' classes; weight, bias and state are this rank's part."""
 
+    block: Block
+    max_batch: int | None
+    backend: str
 
-class ShardedLossFunction(torch.autograd.Function):
-    """(loss, terms) as DiscriminativeLossFunction has them, of all ranks' batches and all ranks' classes."""
-
-    @staticmethod
-    def forward(
-        ctx, backend, input, input_noise, target, weight, bias, centroids, seen, block, settings, scheduled, norm,
-        update_state, ignore_index, max_batch,
-    ):  # fmt: skip
+    def discriminative_loss(self, input, input_noise, target, *arguments: Any) -> tuple[Tensor, ...]:
+        block, ignore_index = self.block, arguments[-1]
+        search_of = partial(winners, steps.of(self.backend), block)
         with torch.autocast(input.device.type, enabled=False):
-            batch = gather_samples(block, input, input_noise, target, ignore_index, max_batch)
-            loss, terms, slot, pull, *rest = by_rows(
-                backend, block, partial(winners, steps.of(backend), block), *batch.tensors, weight, bias, centroids,
-                seen, settings, scheduled, norm, update_state, ignore_index,
-            )  # fmt: skip
-        ctx.save_for_backward(
-            input, input_noise, slot[batch.mine], pull[:, batch.mine].contiguous(), *rest, weight, bias,
-        )  # fmt: skip
-        ctx.backend, ctx.block, ctx.norm = backend, block, norm
-        ctx.mark_non_differentiable(terms)
-        ctx.set_materialize_grads(False)  # no zeros for the gradient of the terms
-        return loss, terms
+            batch = gather_samples(block, input, input_noise, target, ignore_index, self.max_batch)
+            loss, terms, slot, pull, *rest = by_rows(self.backend, block, search_of, *batch.tensors, *arguments)
+        return loss, terms, slot[batch.mine], pull[:, batch.mine].contiguous(), *rest
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_loss, _):
-        needs = ctx.needs_input_grad
-        if grad_loss is None:
-            return (None,) * len(needs)
-        *saved, weight, bias = ctx.saved_tensors
-        *_, tables, classes, boundary_bias = saved
-        grad_input, grad_input_noise, *_ = steps.of(ctx.backend).discriminative_loss_backward(
-            grad_loss * collectives.size(ctx.block.group),  # by which DistributedDataParallel divides
-            *saved, ctx.block.num_classes, weight.dtype, weight.dtype, ctx.norm, [needs[1], needs[2], False, False],
+    def discriminative_loss_backward(
+        self, grad_loss, input, input_noise, slot, pull, tables, classes, boundary_bias, _, weight_dtype, bias_dtype,
+        norm, wanted,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        grad_input, grad_input_noise, *_ = steps.of(self.backend).discriminative_loss_backward(
+            grad_loss * collectives.size(self.block.group),  # by which DistributedDataParallel divides
+            input, input_noise, slot, pull, tables, classes, boundary_bias, self.block.num_classes, weight_dtype,
+            bias_dtype, norm, [*wanted[:2], False, False],
         )  # fmt: skip
-        return (
-            None,
-            grad_input if needs[1] else None,
-            grad_input_noise if needs[2] else None,
-            None,
-            block_gradient(ctx.block, classes, grad_loss * tables[2]).to(weight.dtype) if needs[4] else None,
-            block_gradient(ctx.block, classes, grad_loss * boundary_bias).to(bias.dtype) if needs[5] else None,
-            *(None,) * (len(needs) - 6),
+        of_classes = ((wanted[2], tables[2], weight_dtype), (wanted[3], boundary_bias, bias_dtype))
+        grad_weight, grad_bias = (
+            block_gradient(self.block, classes, grad_loss * per_row).to(dtype) if want else None
+            for want, per_row, dtype in of_classes
         )
+        return grad_input, grad_input_noise, grad_weight, grad_bias
 
 
 def winners(
@@ -187,16 +141,10 @@ class ShardedDiscriminativeLoss(DiscriminativeLoss):
         Raises:
             ValueError: also where some ranks have noisy views and others have none.
         """
-        arguments: dict[str, Any] = {name: getattr(self, name) for name in Settings._fields}
-        arguments |= {"weight": self.weight, "bias": self.bias, "centroids": self.centroids, "seen": self.seen}
-        arguments |= {"norm": self.norm, "ignore_index": self.ignore_index, "backend": self.backend}
-        arguments |= {"input": input, "input_noise": input_noise, "target": target, "update_state": self.training}
         block = self._block()
-        if block.group is None:
-            terms = functional.discriminative_loss(**arguments)
-        else:
-            terms = discriminative_loss(**arguments, block=block, max_batch=self.max_batch)
-        return terms if self.return_terms else terms.loss
+        alone = block.group is None
+        op_of = ops if alone else partial(ShardedLoss, block, self.max_batch)
+        return self._loss(input, input_noise, target, self.weight, self.bias, op_of, least=2 if alone else 0)
 
     def cross_entropy(self, input: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """The cross entropy of the logits of all K classes, its mean over the samples of all ranks that count.

@@ -152,6 +152,18 @@ def the_exchange_is_chosen_once_for_all_ranks(rank):
             assert loss._auto == expected
 
 
+def a_change_of_the_state_shows(rank):
+    """Another term made of the state has no gradient any more, rather than a wrong one."""
+    f, g, target, weight, bias, *_ = random_case(sum(SIZES))
+    f, fc, part = f.requires_grad_(), SimpleNamespace(weight=weight, bias=bias), mine(rank)
+    for way in ways():
+        loss = DiscriminativeLoss(7, 12, process_group="world", **way)
+        other = (f @ loss.centroids.T).square().sum()
+        loss(f[part], g[part], target[part], fc)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            other.backward()
+
+
 def groups_are_apart(rank):
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     f, g, target, weight, bias, *_ = random_case(sum(SIZES), dtype=torch.float64)
@@ -257,6 +269,7 @@ CHECKS = (
     ranks_share_the_search,
     errors_reach_all_ranks,
     the_exchange_is_chosen_once_for_all_ranks,
+    a_change_of_the_state_shows,
     groups_are_apart,
     trainers,
     autocast,
