@@ -59,19 +59,9 @@ class Best:
 
 
 def attack(
-    model: Model,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    norm: str = "linf",
-    epsilon: float,
-    steps: int = 40,
-    restarts: int = 1,
-    method: str = "apgd",
-    seed: int = 0,
-    sample_ids: Tensor | None = None,
-    batch_size: int = 256,
-) -> Tensor:
+    model: Model, images: Tensor, labels: Tensor, *, norm: str = "linf", epsilon: float, steps: int = 40,
+    restarts: int = 1, method: str = "apgd", seed: int = 0, sample_ids: Tensor | None = None, batch_size: int = 256,
+) -> Tensor:  # fmt: skip
     """The worst image for the model that was met within ``epsilon`` of each, over all steps and restarts.
 
     Args:
@@ -185,17 +175,9 @@ def judged(model: Model, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
 
 @torch.no_grad()
 def random_search(
-    model: Model,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    norm: str = "linf",
-    epsilon: float,
-    queries: int = 100,
-    seed: int = 0,
-    sample_ids: Tensor | None = None,
-    batch_size: int = 256,
-) -> Tensor:
+    model: Model, images: Tensor, labels: Tensor, *, norm: str = "linf", epsilon: float, queries: int = 100,
+    seed: int = 0, sample_ids: Tensor | None = None, batch_size: int = 256,
+) -> Tensor:  # fmt: skip
     """A black-box attack that needs no gradient: squares of random colours, kept where the loss grows.
 
     A small relative of the Square attack (Andriushchenko et al. 2020): the squares' side shrinks from half of the
@@ -232,16 +214,9 @@ def _searched(model, images, labels, ids, ball, queries, seed) -> Tensor:
 
 
 def autoattack(
-    model: Model,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    norm: str = "linf",
-    epsilon: float,
-    version: str = "standard",
-    seed: int = 0,
-    batch_size: int = 256,
-) -> Tensor:
+    model: Model, images: Tensor, labels: Tensor, *, norm: str = "linf", epsilon: float, version: str = "standard",
+    seed: int = 0, batch_size: int = 256,
+) -> Tensor:  # fmt: skip
     """The full AutoAttack of Croce and Hein 2020, by the package pyautoattack; PyTorch's generators stay as they were.
 
     It draws from PyTorch's generators, so that its result depends on the batches, unlike those of :func:`attack`.
@@ -289,20 +264,10 @@ class Audit(NamedTuple):
 
 
 def audited_attack(
-    model: Model,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    norm: str = "linf",
-    epsilon: float,
-    steps: int = 40,
-    restarts: int = 1,
-    method: str = "apgd",
-    queries: int = 100,
-    seed: int = 0,
-    sample_ids: Tensor | None = None,
+    model: Model, images: Tensor, labels: Tensor, *, norm: str = "linf", epsilon: float, steps: int = 40,
+    restarts: int = 1, method: str = "apgd", queries: int = 100, seed: int = 0, sample_ids: Tensor | None = None,
     batch_size: int = 256,
-) -> Audit:
+) -> Audit:  # fmt: skip
     """:func:`attack` with its audit: it warns where gradients seem masked, so that robustness is not an illusion.
 
     Checked: the returned images lie in the ball; with radius 0 it returns the clean images; accuracy does not rise with

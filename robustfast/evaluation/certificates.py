@@ -26,17 +26,9 @@ class Certificate(NamedTuple):
 
 
 def certify(
-    model: Model,
-    images: Tensor,
-    *,
-    sigma: float,
-    n0: int = 100,
-    n: int = 10_000,
-    alpha: float = 0.001,
-    seed: int = 0,
-    sample_ids: Tensor | None = None,
-    batch_size: int = 1024,
-) -> Certificate:
+    model: Model, images: Tensor, *, sigma: float, n0: int = 100, n: int = 10_000, alpha: float = 0.001, seed: int = 0,
+    sample_ids: Tensor | None = None, batch_size: int = 1024,
+) -> Certificate:  # fmt: skip
     """The smoothed classifier's predictions and radii, CERTIFY of arXiv 1902.02918.
 
     The class with the most votes of draws 0 to n0-1 is selected; of n draws more, k vote for it. p = beta.ppf(alpha, k,

@@ -33,17 +33,9 @@ class Estimate(NamedTuple):
 
 
 def curvature(
-    model: Model,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    draws: int = 20,
-    step: float = 1e-2,
-    pixel_std: Sequence[float] | None = None,
-    seed: int = 0,
-    sample_ids: Tensor | None = None,
-    batch_size: int = 256,
-) -> Tensor:
+    model: Model, images: Tensor, labels: Tensor, *, draws: int = 20, step: float = 1e-2,
+    pixel_std: Sequence[float] | None = None, seed: int = 0, sample_ids: Tensor | None = None, batch_size: int = 256,
+) -> Tensor:  # fmt: skip
     """The published estimate: mean_j ||(grad l(x + step g_j) - grad l(x)) / step||^2, g_j ~ N(0, I).
 
     It tends to ||H||_F^2 where l is smooth on the scale of the step. l is the loss of one image: the published notebook
@@ -93,11 +85,16 @@ def input_hessian_spectrum(model: Model, images: Tensor, labels: Tensor, *, batc
 
     def measure(images: Tensor, labels: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
         logits, gram = jacobian_gram(lambda x: logits_of(model, x, labels), images)
-        p = logits.double().softmax(1)
-        b = torch.diag_embed(p.sqrt()) - p.unsqueeze(2) * p.sqrt().unsqueeze(1)
-        return (torch.linalg.eigvalsh(b.mT @ gram @ b).flip(1).clamp(min=0),)
+        return (_spectrum(logits, gram).flip(1).clamp(min=0),)
 
     return in_batches(measure, model, images, labels, None, batch_size)[0]
+
+
+def _spectrum(logits: Tensor, gram: Tensor) -> Tensor:
+    """The eigenvalues (N, K), ascending, of B^T G B for the Gram matrices G (N, K, K) of the logits' gradients."""
+    p = logits.double().softmax(1)
+    b = torch.diag_embed(p.sqrt()) - p.unsqueeze(2) * p.sqrt().unsqueeze(1)
+    return torch.linalg.eigvalsh(b.mT @ gram @ b)
 
 
 def jacobian_gram(function: Callable[[Tensor], Tensor], images: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,16 +128,9 @@ class Eigenvalues(NamedTuple):
 
 
 def top_eigenvalues(
-    model: Model,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    top: int = 1,
-    steps: int = 20,
-    seed: int = 0,
-    sample_ids: Tensor | None = None,
-    batch_size: int = 64,
-) -> Eigenvalues:
+    model: Model, images: Tensor, labels: Tensor, *, top: int = 1, steps: int = 20, seed: int = 0,
+    sample_ids: Tensor | None = None, batch_size: int = 64,
+) -> Eigenvalues:  # fmt: skip
     """The greatest eigenvalues of H, of any twice differentiable network, by Lanczos on Hessian-vector products.
 
     Args:
@@ -176,15 +166,9 @@ def top_eigenvalues(
 
 
 def hessian_trace(
-    model: Model,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    draws: int = 20,
-    seed: int = 0,
-    sample_ids: Tensor | None = None,
+    model: Model, images: Tensor, labels: Tensor, *, draws: int = 20, seed: int = 0, sample_ids: Tensor | None = None,
     batch_size: int = 64,
-) -> Estimate:
+) -> Estimate:  # fmt: skip
     """Hutchinson's estimate of tr H, of any twice differentiable network: the mean of v^T H v over random signs v.
 
     Arguments as in :func:`curvature`, in units of the images.
@@ -200,16 +184,9 @@ def hessian_trace(
 
 
 def smoothed_trace(
-    model: Model,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    sigma: float,
-    draws: int = 20,
-    seed: int = 0,
-    sample_ids: Tensor | None = None,
-    batch_size: int = 256,
-) -> Estimate:
+    model: Model, images: Tensor, labels: Tensor, *, sigma: float, draws: int = 20, seed: int = 0,
+    sample_ids: Tensor | None = None, batch_size: int = 256,
+) -> Estimate:  # fmt: skip
     """The trace of the Hessian of the smoothed loss E l(x + sigma eps): E[eps . grad l(x + sigma eps)] / sigma (Stein).
 
     It is well defined across kinks, and tends to tr H for small sigma where there are none. Each draw is taken with eps
@@ -251,16 +228,9 @@ class Theory(NamedTuple):
 
 
 def theory(
-    model: Any,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    sigma: float,
-    draws: int = 20,
-    seed: int = 0,
-    sample_ids: Tensor | None = None,
-    batch_size: int = 64,
-) -> Theory:
+    model: Any, images: Tensor, labels: Tensor, *, sigma: float, draws: int = 20, seed: int = 0,
+    sample_ids: Tensor | None = None, batch_size: int = 64,
+) -> Theory:  # fmt: skip
     """Features' displacement and curvature beside what bounds them.
 
     Args:
@@ -276,10 +246,8 @@ def theory(
             moved = partial(gaussian_noise, images, sigma, seed=seed, sample_ids=ids, clip=None)
             squares = ((model.features(moved(draw=draw)) - features).double().square().sum(1) for draw in range(draws))
             displacement = torch.stack(list(squares)).mean(0)
-            weight = model.fc.weight.double()
-            p = logits_of(model.fc, features, labels).double().softmax(1)
-        b = torch.diag_embed(p.sqrt()) - p.unsqueeze(2) * p.sqrt().unsqueeze(1)
-        spectrum = torch.linalg.eigvalsh(b.mT @ (weight @ gram @ weight.T) @ b)
+            weight, logits = model.fc.weight.double(), logits_of(model.fc, features, labels)
+        spectrum = _spectrum(logits, weight @ gram @ weight.T)
         trace_f, top_f = gram.diagonal(dim1=1, dim2=2).sum(1), torch.linalg.eigvalsh(gram)[:, -1]
         bound = torch.linalg.matrix_norm(weight, 2).square() / 2
         return displacement, sigma**2 * trace_f, spectrum[:, -1], bound * top_f, spectrum.sum(1), bound * trace_f

@@ -15,17 +15,9 @@ from robustfast.evaluation.models import Model, checked, evaluating
 
 
 def survival(
-    model: Model,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    noise: str = "gaussian",
-    scale: float = 0.06,
-    draws: int = 10,
-    seed: int = 0,
-    sample_ids: Tensor | None = None,
-    batch_size: int = 256,
-) -> Tensor:
+    model: Model, images: Tensor, labels: Tensor, *, noise: str = "gaussian", scale: float = 0.06, draws: int = 10,
+    seed: int = 0, sample_ids: Tensor | None = None, batch_size: int = 256,
+) -> Tensor:  # fmt: skip
     """How many noisy copies of each image the model classifies rightly, of ``draws``: the ten-draw test of the paper.
 
     Args:
@@ -44,10 +36,15 @@ def survival(
     """
     ids = checked(images, labels, sample_ids, draws=draws, batch_size=batch_size)
     noisy = noise_of(noise, scale, seed, (0.0, 1.0))
-    right = torch.zeros(len(images), dtype=torch.int64, device=images.device)
     with evaluating(model):
-        for place, _, logits in noisy_logits(model, images, ids, labels, noisy, range(draws), batch_size):
-            right.index_add_(0, place, (logits.argmax(1) == labels[place]).long())
+        return _right_copies(model, images, ids, labels, noisy, range(draws), batch_size)
+
+
+def _right_copies(model, images, ids, labels, noisy, draws, batch_size) -> Tensor:
+    """int64 (N,): how many of the draws are classified rightly."""
+    right = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+    for place, _, logits in noisy_logits(model, images, ids, labels, noisy, draws, batch_size):
+        right.index_add_(0, place, (logits.argmax(1) == labels[place]).long())
     return right
 
 
@@ -63,18 +60,9 @@ class Tolerance(NamedTuple):
 
 
 def tolerance(
-    model: Model,
-    images: Tensor,
-    labels: Tensor,
-    scales: Sequence[float],
-    *,
-    noise: str = "gaussian",
-    draws: int = 20,
-    confidence: float = 0.95,
-    seed: int = 0,
-    sample_ids: Tensor | None = None,
-    batch_size: int = 256,
-) -> Tolerance:
+    model: Model, images: Tensor, labels: Tensor, scales: Sequence[float], *, noise: str = "gaussian", draws: int = 20,
+    confidence: float = 0.95, seed: int = 0, sample_ids: Tensor | None = None, batch_size: int = 256,
+) -> Tolerance:  # fmt: skip
     """Each image's noise tolerance: where its share of right copies, made to fall with the scale, crosses one half.
 
     Between two scales the share is taken as linear. ``low`` is the greatest scale up to which the Clopper-Pearson
@@ -122,20 +110,10 @@ class Decision(NamedTuple):
 
 
 def decide_survival(
-    model: Model,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    share: float,
-    error: float = 0.01,
-    first: int = 10,
-    most: int = 640,
-    noise: str = "gaussian",
-    scale: float = 0.06,
-    seed: int = 0,
-    sample_ids: Tensor | None = None,
+    model: Model, images: Tensor, labels: Tensor, *, share: float, error: float = 0.01, first: int = 10,
+    most: int = 640, noise: str = "gaussian", scale: float = 0.06, seed: int = 0, sample_ids: Tensor | None = None,
     batch_size: int = 256,
-) -> Decision:
+) -> Decision:  # fmt: skip
     """Sequential survival: images that are clear after few draws get no more, and each decision keeps its error.
 
     After ``first`` draws, and whenever their number has doubled, up to ``most``, an image is decided if the
@@ -163,9 +141,8 @@ def decide_survival(
     with evaluating(model):
         for before, now in itertools.pairwise(looks):
             open_ = (above < 0).nonzero().squeeze(1)
-            x, y = images[open_], labels[open_]
-            for place, _, logits in noisy_logits(model, x, ids[open_], y, noisy, range(before, now), batch_size):
-                right.index_add_(0, open_[place], (logits.argmax(1) == y[place]).long())
+            of_open, draws = (images[open_], ids[open_], labels[open_]), range(before, now)
+            right[open_] += _right_copies(model, *of_open, noisy, draws, batch_size)
             low, high = binomial_interval(right[open_], now, 1 - error / (len(looks) - 1))
             above[open_] = torch.where(low > share, 1, torch.where(high < share, 0, -1))
             used[open_] = now
