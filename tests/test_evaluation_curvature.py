@@ -6,8 +6,15 @@ import torch.nn.functional as F
 from evaluated_models import Net, images, labels
 from torch import nn
 
-from robustfast.evaluation import curvature, hessian_trace, input_hessian_spectrum, smoothed_trace, theory, top_eigenvalues
-from robustfast.evaluation.models import Normalized
+from robustfast.evaluation import (
+    Normalized,
+    curvature,
+    hessian_trace,
+    input_hessian_spectrum,
+    smoothed_trace,
+    theory,
+    top_eigenvalues,
+)
 from robustfast.functional import gaussian_noise
 
 X, Y = images(6, dtype=torch.float64), labels(6)
