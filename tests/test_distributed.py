@@ -244,7 +244,7 @@ def test_two_ranks(tmp_path):
     loss = DiscriminativeLoss(7, 12).double()
     value = loss(f.requires_grad_(), g.requires_grad_(), target, fc)
     value.backward()
-    ranks = run_ranks(two_ranks, tmp_path / "store", seconds=300)
+    ranks = run_ranks(two_ranks, tmp_path / "store")
     assert list(ranks[0]) == ["world", True, "group", "mesh", "deepcopy", "pickle"]
     for name in ranks[0]:
         for other, *_, grad_weight, centroids in (rank[name] for rank in ranks):

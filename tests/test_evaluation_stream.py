@@ -138,12 +138,8 @@ def run(tmp_path, name, mode, *launcher):
 
 
 def finish(process):
-    """Wait for a process; one that fails, or hangs, is an error with what it wrote."""
-    try:
-        _, error = process.communicate(timeout=300)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise
+    """Wait for a process; one that fails is an error with what it wrote."""
+    _, error = process.communicate()
     assert process.returncode == 0, error
 
 
@@ -153,8 +149,8 @@ def test_two_ranks_and_a_killed_pass_give_the_same_bytes(tmp_path):
     expected = (tmp_path / "alone" / TABLE).read_bytes()
     ranks = run(tmp_path, "ranks", "ranks", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     killed = run(tmp_path, "killed", "slow")
-    deadline = time.monotonic() + 120
-    while len(list((tmp_path / "killed" / PARTS).glob("*.npz"))) < 3 and time.monotonic() < deadline:
+    while len(list((tmp_path / "killed" / PARTS).glob("*.npz"))) < 3:
+        assert killed.poll() is None, killed.stderr.read()
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()

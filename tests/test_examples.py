@@ -46,7 +46,7 @@ def test_imagenet(pictures, tmp_path):
     smaller = {"size": 12, "model": "small", "inter-dim": 8, "epochs": 1, "batch-size": 8, "lr": 0.02, "warmup": 0.5,
                "workers": 1, "validation": 0.25, "test-sigmas": 0.1}  # fmt: skip
     root = EXAMPLES.parent
-    settings = {"cwd": root, "env": os.environ | paths | {"PROCESSES": "2", "OMP_NUM_THREADS": "1"}, "timeout": 300}
+    settings = {"cwd": root, "env": os.environ | paths | {"PROCESSES": "2", "OMP_NUM_THREADS": "1"}}
     command = [
         "bash",
         str(EXAMPLES / "imagenet" / "train.sh"),

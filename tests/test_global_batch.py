@@ -287,7 +287,7 @@ def all_checks(rank, initialise):
 
 
 def test_four_ranks(tmp_path):
-    run_ranks(all_checks, tmp_path / "store", world=len(SIZES), seconds=300)
+    run_ranks(all_checks, tmp_path / "store", world=len(SIZES))
 
 
 @pytest.mark.parametrize("exchange", ["sums", "gather"])

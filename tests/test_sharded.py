@@ -428,7 +428,7 @@ def test_memory_of_a_rank_is_as_derived(tmp_path):
     out = tmp_path / "memory.json"
     command = [sys.executable, "benchmarks/sharded_memory.py", "--num-classes", "100000", "--steps", "2", "--out", out]
     environment = os.environ | {"PYTHONPATH": str(Path(robustfast.__file__).parents[1])}  # the package of this process
-    subprocess.run(command, cwd=ROOT, env=environment, timeout=240, check=True)
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
     result = json.loads(out.read_text())
     for rank in result["measured"]:
         assert 0.8 < rank["peak"] / result["derived"]["sum"] < 1.2

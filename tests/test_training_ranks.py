@@ -105,7 +105,7 @@ def both_ranks(tiny, pictures, tmp_path_factory):
     configs, out = settings_of_runs(tiny, pictures), tmp_path_factory.mktemp("ranks")
     with pytest.raises(Interrupt):
         train(configs["everything"], out / "begun alone", interrupt_after(1))
-    found = run_ranks(partial(on_two_ranks, configs=configs, out=out), out / "store", seconds=240)
+    found = run_ranks(partial(on_two_ranks, configs=configs, out=out), out / "store")
     return configs, out, found
 
 
@@ -193,18 +193,18 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on(pictures, tmp_path):
     options = {"data": pictures, "size": 12, "workers": 1, "epochs": 8, "batch_size": 9, "threads": 1}
     out = tmp_path / "killed"
     arguments = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
-    first, second = start_ranks(*arguments, "--method", "both", "--timeout", 60, "--out", out)
+    first, second = start_ranks(*arguments, "--method", "both", "--out", out)
     try:
         while not (files.holds_run(out) and loop.saved_run(out)[1] >= 2):
             assert first.poll() is None and second.poll() is None, first.stderr.read() + second.stderr.read()
             time.sleep(0.05)
         os.kill(second.pid, signal.SIGKILL)
-        shown, errors = first.communicate(timeout=60)
+        shown, errors = first.communicate()
     finally:
         first.kill()
         second.kill()
     assert first.returncode == 1 and second.communicate()[0] == "", "rank 0 prints"
-    assert "robustfast: another rank has ended, or has not answered for 60 s: " in errors, errors
+    assert "robustfast: another rank has ended, or has not answered for 600 s: " in errors, errors
     assert "Traceback" not in errors
     assert shown.startswith("1 of 8  both  loss") and not (out / files.RESULTS).exists()
     config, _ = loop.saved_run(out)
