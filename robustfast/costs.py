@@ -33,7 +33,7 @@ class Step(NamedTuple):
     """Sizes of a step; a noisy view is taken to be there."""
 
     ranks: int
-    num_samples: int  # of all ranks, each filled up to the largest batch
+    n: int  # of all ranks, each filled up to the largest batch
     num_classes: int
     dim: int
     element: int  # bytes of a feature
@@ -41,10 +41,10 @@ class Step(NamedTuple):
     costs: Costs
 
     @classmethod
-    def of(cls, features: Tensor, num_samples: int, num_classes: int, ranks: int) -> Step:
+    def of(cls, features: Tensor, n: int, num_classes: int, ranks: int) -> Step:
         costs = COSTS.get(features.device.type, COSTS["cuda"])
         element, wide = features.element_size(), checks.wide_dtype(features).itemsize
-        return cls(ranks, num_samples, num_classes, features.shape[1], element, wide, costs)
+        return cls(ranks, n, num_classes, features.shape[1], element, wide, costs)
 
     def sums(self) -> float:
         """Two all-reduces of a table (K, D), the loss by its steps, and the search."""
@@ -54,7 +54,7 @@ class Step(NamedTuple):
 
     def gather(self) -> float:
         """An all-gather of both views, the forward of all samples, and the search."""
-        costs, features = self.costs, 2 * self.num_samples * self.dim * self.element
+        costs, features = self.costs, 2 * self.n * self.dim * self.element
         alone, shared = self._search()
         exchanged = 2 * costs.collective + features * (self._share * costs.sent + costs.gathered)
         return exchanged + min(alone, shared + self._steps)
@@ -75,7 +75,7 @@ class Step(NamedTuple):
 
     @property
     def _rows(self) -> int:  # R, the classes of the batch at most; "sums" on a GPU looks for winners of all K
-        return min(self.num_samples, self.num_classes)
+        return min(self.n, self.num_classes)
 
     @property
     def _steps(self) -> float:

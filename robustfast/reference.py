@@ -109,8 +109,8 @@ def class_centroids(
     sums = f.new_zeros(groups.counts.numel() + 1, f.shape[1]).index_add(0, groups.slot, f)[:-1]
     mu = sums / groups.counts.clamp(min=1).unsqueeze(1)
     previous, known = read_state(centroids, groups.classes), read_state(seen, groups.classes)
-    blended = (1 - momentum) * mu + momentum * previous
-    return mu, torch.where(known.unsqueeze(1), blended, mu)
+    m_c = (1 - momentum) * mu + momentum * previous
+    return mu, torch.where(known.unsqueeze(1), m_c, mu)
 
 
 def read_state(table: Tensor, classes: Tensor) -> Tensor:

@@ -59,12 +59,12 @@ def class_pulls(
     views = [input] if input_noise is None else [input, input_noise]
     for view, features in enumerate(views):
         residual = (features.to(centroid.dtype) - centroid[row]).masked_fill(ignored.unsqueeze(1), 0)
-        size = length(residual, norm)
-        hinge = torch.relu(size - s.delta_var)
+        lengths = length(residual, norm)
+        hinge = torch.relu(lengths - s.delta_var)
         squares[view] = (share * hinge.square()).sum()
         pull[view] = (2 * s.alpha / len(views)) * share * hinge
         if norm == 2:
-            pull[view] *= inverse(size)
+            pull[view] *= inverse(lengths)
         pull_sum.index_add_(0, row, pull[view].unsqueeze(1) * direction(residual, norm))
     return row.masked_fill(ignored, -1).int(), pull, pull_sum, torch.stack(squares)
 
@@ -128,15 +128,15 @@ def finish(
     active = taken & (winner >= 0) & between.exists & (excess != 0)
     inverse_distance = inverse(between.distance)
     normal = between.normal * inverse_distance.unsqueeze(1)
-    slope = (s.beta * class_share).masked_fill(~active, 0)
-    size = length(centroid, norm)
-    shrink = s.gamma * class_share * (inverse(size) if norm == 2 else 1)
+    beta_share = (s.beta * class_share).masked_fill(~active, 0)
+    lengths = length(centroid, norm)
+    shrink = s.gamma * class_share * (inverse(lengths) if norm == 2 else 1)
     centroid_grad = shrink.unsqueeze(1) * direction(centroid, norm) - pull_sum
-    mu_grad = tau.unsqueeze(1) * centroid_grad + slope.unsqueeze(1) * normal
-    boundary_bias = slope * inverse_distance * between.scale
+    mu_grad = tau.unsqueeze(1) * centroid_grad + beta_share.unsqueeze(1) * normal
+    boundary_bias = beta_share * inverse_distance * between.scale
     boundary_grad = boundary_bias.unsqueeze(1) * (mu - between.score.unsqueeze(1) * normal)
     terms = torch.stack(
-        [(class_share * of_row).masked_fill(~rows, 0).sum() for of_row, rows in ((excess, active), (size, taken))]
+        [(class_share * of_row).masked_fill(~rows, 0).sum() for of_row, rows in ((excess, active), (lengths, taken))]
     )
     return (
         (mu_grad / counts.clamp(min=1).unsqueeze(1)).masked_fill(~taken.unsqueeze(1), 0),
@@ -194,8 +194,8 @@ def discriminative_loss_backward(
 def momentum_centroids(mu: Tensor, previous: Tensor, known: Tensor, momentum: Any) -> tuple[Tensor, Tensor]:
     """m_c (R, D), and tau (R,) = dm_c/dmu_c, of rows whose state is ``previous`` (R, D) where it is ``known`` (R,)."""
     tau = torch.where(known, 1 - momentum, mu.new_ones(mu.shape[0]))
-    blended = tau.unsqueeze(1) * mu + momentum * previous
-    return torch.where(known.unsqueeze(1), blended, mu), tau
+    m_c = tau.unsqueeze(1) * mu + momentum * previous
+    return torch.where(known.unsqueeze(1), m_c, mu), tau
 
 
 def total(s: Any, squares: Tensor, of_rows: Tensor, views: int) -> tuple[Tensor, Tensor]:
@@ -212,9 +212,9 @@ def as_settings(settings: Sequence[float], scheduled: Tensor | None) -> Any:
     return Settings(*(settings if scheduled is None else scheduled.unbind()))
 
 
-def inverse(size: Tensor) -> Tensor:
-    """1 / size, 0 at 0."""
-    return (size != 0) / size.masked_fill(size == 0, 1)
+def inverse(lengths: Tensor) -> Tensor:
+    """1 / length, 0 at 0."""
+    return (lengths != 0) / lengths.masked_fill(lengths == 0, 1)
 
 
 def direction(r: Tensor, norm: int) -> Tensor:

@@ -36,7 +36,7 @@ def test_choices_of_gpus(shape, ranks, batch, exchange, shares):
 
 def test_seconds_are_those_of_the_page():
     costs = Costs(collective=1000, sent=1, gathered=10, table=100, searched=0.5)
-    step = Step(ranks=4, num_samples=10, num_classes=6, dim=3, element=2, wide=4, costs=costs)
+    step = Step(ranks=4, n=10, num_classes=6, dim=3, element=2, wide=4, costs=costs)
     table, search = 6 * 3 * 4, 4 * 6 * 6 * 3 * 0.5
     assert step.sums() == 2 * 1000 + table * (4 * 0.75 + 100) + search  # a shared search would cost a collective
     assert step.gather() == 2 * 1000 + 2 * 10 * 3 * 2 * (0.75 + 10) + search

@@ -90,9 +90,9 @@ struct FinishRow {
 
   // No boundary: mu_grad has all that there is.
   void leave(int64_t row) const {
-    const F share = F(1) / std::max(F(1), to.counts[row]);
+    const F inverse_count = F(1) / std::max(F(1), to.counts[row]);
     F* const grad = mu_grad(row);
-    for (int64_t d = 0; d < to.dim; ++d) grad[d] *= share;
+    for (int64_t d = 0; d < to.dim; ++d) grad[d] *= inverse_count;
     std::fill_n(boundary_grad(row), to.dim, F(0));
     to.boundary_bias[row] = 0;
   }
@@ -163,7 +163,7 @@ void narrow(const F* x, int64_t dim, T* y) {
 }
 
 template <class T, class F>
-void weight_backward(const LossBackward<F>& loss, const std::vector<Contribution>& contributions, T* grad) {
+void write_grad_weight(const LossBackward<F>& loss, const std::vector<Contribution>& contributions, T* grad) {
   const int64_t dim = loss.dim;
   parallel_for(0, loss.num_classes, grain(dim), [&](int64_t from, int64_t to) {
     auto next = std::lower_bound(contributions.begin(), contributions.end(), from,
@@ -184,7 +184,7 @@ void weight_backward(const LossBackward<F>& loss, const std::vector<Contribution
 }
 
 template <class T, class F>
-void bias_backward(const LossBackward<F>& loss, const std::vector<Contribution>& contributions, T* grad) {
+void write_grad_bias(const LossBackward<F>& loss, const std::vector<Contribution>& contributions, T* grad) {
   std::fill(grad, grad + loss.num_classes, T{});
   F sum = 0;
   for (size_t s = 0; s < contributions.size(); ++s) {
@@ -200,11 +200,11 @@ void margin_backward(const LossBackward<Wide>& loss, const Output& grad_weight, 
   const std::vector<Contribution> contributions = by_class(loss);
   if (grad_weight.data != nullptr) {
     visit(grad_weight.dtype,
-          [&](auto zero) { weight_backward(loss, contributions, grad_weight.template row<decltype(zero)>(0)); });
+          [&](auto zero) { write_grad_weight(loss, contributions, grad_weight.template row<decltype(zero)>(0)); });
   }
   if (grad_bias.data != nullptr) {
     visit(grad_bias.dtype,
-          [&](auto zero) { bias_backward(loss, contributions, grad_bias.template row<decltype(zero)>(0)); });
+          [&](auto zero) { write_grad_bias(loss, contributions, grad_bias.template row<decltype(zero)>(0)); });
   }
 }
 

@@ -142,14 +142,14 @@ struct PullPhase {
     const Matrix views[] = {to.features.input, to.features.input_noise};
     std::fill(pull_sum, pull_sum + dim, Wide(0));
     for (int view = 0; view < 2; ++view) {
-      Wide squares = 0, *const pulls = to.pull + view * to.features.n;
+      Wide squares = 0, *const pulls_of_view = to.pull + view * to.features.n;
       for (int64_t k = chunk.begin; views[view] && k < chunk.end; ++k) {
         const T* x = views[view].template row<T>(order[k]);
         const Wide length = length_of<norm>(x, centroid, dim), excess = hinge(length - delta_var);
-        const Wide mine = pull<norm>(length, delta_var, to.view_weight * sample_share);
+        const Wide own_pull = pull<norm>(length, delta_var, to.view_weight * sample_share);
         squares += excess * excess;
-        pulls[order[k]] = mine;
-        if (mine != 0) add_direction<norm>(x, centroid, dim, mine, pull_sum);
+        pulls_of_view[order[k]] = own_pull;
+        if (own_pull != 0) add_direction<norm>(x, centroid, dim, own_pull, pull_sum);
       }
       terms[view == 0 ? class_term::compactness : class_term::alignment] = squares * sample_share;
     }

@@ -56,7 +56,7 @@ struct Loss : SettingsOf<Wide> {
 };
 
 template <class Wide>
-struct LossGrads {
+struct LossBackward {
   const Wide* grad_loss;
   Matrix input, input_noise;
   int64_t n, dim, num_classes, rows;
@@ -67,7 +67,7 @@ struct LossGrads {
   void *grad_input, *grad_input_noise;
   Output grad_weight, grad_bias;
 
-  explicit LossGrads(const LossBackwardParams& p)
+  explicit LossBackward(const LossBackwardParams& p)
       : grad_loss(static_cast<const Wide*>(p.grad_loss)),
         input(p.input),
         input_noise(p.input_noise),

@@ -60,20 +60,20 @@ RF_DEVICE void finish_centroid(const Loss<Wide>& a, const Workspace<Wide>& w, co
   LowOf<Wide>* low = sizeof(Wide) == 4 ? w.search.low + chunk.row * a.dim : nullptr;
 #pragma unroll 1
   for (int64_t d = first; d < a.dim; d += step) {
-    auto mean = load_pack<count>(mu, d, a.dim), blended = load_pack<count>(state, d, a.dim);
+    auto mean = load_pack<count>(mu, d, a.dim), m_c = load_pack<count>(state, d, a.dim);
     const auto own = load_elements<Wide, count>(a.weight, c, d);
     Pack<LowOf<Wide>, count> rounded;
     RF_UNROLL
     for (int k = 0; k < count; ++k) {
       mean.value[k] /= samples;
-      blended.value[k] = momentum_centroid(mean.value[k], blended.value[k], seen, a.momentum);
-      sums[length] += norm_term<norm>(blended.value[k]);
-      sums[infinite] += Wide(!is_finite(blended.value[k]));
+      m_c.value[k] = momentum_centroid(mean.value[k], m_c.value[k], seen, a.momentum);
+      sums[length] += norm_term<norm>(m_c.value[k]);
+      sums[infinite] += Wide(!is_finite(m_c.value[k]));
       rounded.value[k] = add_coordinate(own.value[k], mean.value[k], sums);
     }
     if (low) store_pack<Reuse::soon>(low, d, a.dim, rounded);
     store_pack<Reuse::soon>(mu, d, a.dim, mean);
-    store_pack<Reuse::soon>(centroid, d, a.dim, blended);
+    store_pack<Reuse::soon>(centroid, d, a.dim, m_c);
   }
   block_sum(sums);
   const bool writes = a.update_state && sums[infinite] == Wide(0);

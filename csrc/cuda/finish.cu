@@ -1,5 +1,5 @@
-// What is left once distances and candidates for the margin are known: the margin itself, from the two rows of W that
-// won, and all that a row gives to terms and gradients. One block per row.
+// What is left once pulls and winners are known: the margin itself, from the rows of W of each class and of its winner,
+// and all that a row gives to terms and gradients. One block per row.
 #include "cuda/boundary.cuh"
 #include "cuda/large.cuh"
 

@@ -2,7 +2,7 @@
 //   prepare        rows of the batch, squared norms of the classifier's rows
 //   centroids      mu_c, m_c, the state, the regularization of each row
 //   margin_search  the winner of each row, in two: by matrix products, and from what these leave
-//   variance       distances, pulls and their sums
+//   variance       lengths, pulls and their sums
 //   finish         the margin's boundaries, all that a row gives to terms and gradients
 #pragma once
 
@@ -76,10 +76,10 @@ template <class Wide>
 cudaError_t finish(const Loss<Wide>& a, const Workspace<Wide>& w, int64_t norm, cudaStream_t stream);
 
 template <class Wide>
-cudaError_t variance_backward(const LossGrads<Wide>& a, Dtype features, int64_t norm, cudaStream_t stream);
+cudaError_t variance_backward(const LossBackward<Wide>& a, Dtype features, int64_t norm, cudaStream_t stream);
 template <class Wide>
-size_t margin_backward_scratch(const LossGrads<Wide>& a);
+size_t margin_backward_scratch(const LossBackward<Wide>& a);
 template <class Wide>
-cudaError_t margin_backward(const LossGrads<Wide>& a, void* scratch, cudaStream_t stream);
+cudaError_t margin_backward(const LossBackward<Wide>& a, void* scratch, cudaStream_t stream);
 
 }  // namespace robustfast::cuda

@@ -65,7 +65,7 @@ cudaError_t large_loss(const LossParams& p, void* scratch, cudaStream_t stream) 
 
 template <class Wide>
 cudaError_t large_backward(const LossBackwardParams& p, void* scratch, cudaStream_t stream) {
-  const LossGrads<Wide> a(p);
+  const LossBackward<Wide> a(p);
   cudaError_t error = cudaSuccess;
   if (a.wants_features() && p.n > 0) error = variance_backward(a, p.input.dtype, p.norm, stream);
   const auto clear = [&](const Output& grad, int64_t elements) {
@@ -141,7 +141,7 @@ size_t discriminative_loss_backward_scratch(const LossBackwardParams& p) {
   if (small_backward(p) || !(p.grad_weight.data || p.grad_bias.data)) return 0;
   size_t bytes = 0;
   for_wide(p.input.dtype, [&]<class Wide>(Wide) {
-    bytes = margin_backward_scratch(LossGrads<Wide>(p));
+    bytes = margin_backward_scratch(LossBackward<Wide>(p));
     return cudaSuccess;
   });
   return bytes;

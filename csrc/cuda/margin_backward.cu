@@ -10,7 +10,7 @@ constexpr int margin_backward_threads = 256;
 
 // A chunk's sum; column `dim` is the bias.
 template <class Wide>
-RF_DEVICE Wide chunk_sum(const LossGrads<Wide>& a, const Groups& groups, const Chunk& chunk, int64_t column) {
+RF_DEVICE Wide chunk_sum(const LossBackward<Wide>& a, const Groups& groups, const Chunk& chunk, int64_t column) {
   Wide sum = 0;
 #pragma unroll 4
   for (int32_t j = chunk.begin; j < chunk.end; ++j) {
@@ -24,7 +24,7 @@ RF_DEVICE Wide chunk_sum(const LossGrads<Wide>& a, const Groups& groups, const C
 // One block per chunk; rows of the gradient that no boundary touches are zero already.
 template <class Wide>
 __global__ void __launch_bounds__(margin_backward_threads, 4)
-    margin_backward_kernel(const LossGrads<Wide> a, const Groups groups, Wide* partial) {
+    margin_backward_kernel(const LossBackward<Wide> a, const Groups groups, Wide* partial) {
   if (int64_t(blockIdx.x) >= groups.totals->chunks) return;
   const Chunk chunk(groups, blockIdx.x);
   const int32_t chunks = chunk.of_row();
@@ -50,7 +50,7 @@ struct BackwardMemory {
   Wide* partial;
   void* sort;
 
-  BackwardMemory(Arena& arena, const LossGrads<Wide>& a) {
+  BackwardMemory(Arena& arena, const LossBackward<Wide>& a) {
     const int64_t entries = 2 * a.rows;
     groups = {.n = entries, .rows = entries, .num_classes = a.num_classes, .chunk_size = 64, .slot = nullptr};
     groups.classes = arena.take<int32_t>(groups.rows);
@@ -63,16 +63,16 @@ struct BackwardMemory {
 }  // namespace
 
 template <class Wide>
-size_t margin_backward_scratch(const LossGrads<Wide>& a) {
+size_t margin_backward_scratch(const LossBackward<Wide>& a) {
   Arena arena(nullptr);
   BackwardMemory<Wide>(arena, a);
   return arena.used();
 }
-template size_t margin_backward_scratch(const LossGrads<float>&);
-template size_t margin_backward_scratch(const LossGrads<double>&);
+template size_t margin_backward_scratch(const LossBackward<float>&);
+template size_t margin_backward_scratch(const LossBackward<double>&);
 
 template <class Wide>
-cudaError_t margin_backward(const LossGrads<Wide>& a, void* scratch, cudaStream_t stream) {
+cudaError_t margin_backward(const LossBackward<Wide>& a, void* scratch, cudaStream_t stream) {
   Arena arena(scratch);
   const BackwardMemory<Wide> memory(arena, a);
   const BoundaryClasses classes{a.classes, a.winner, a.rows, a.num_classes};
@@ -81,7 +81,7 @@ cudaError_t margin_backward(const LossGrads<Wide>& a, void* scratch, cudaStream_
   return launch(margin_backward_kernel<Wide>, unsigned(memory.groups.max_chunks()), margin_backward_threads, 0, stream,
                 a, memory.groups, memory.partial);
 }
-template cudaError_t margin_backward(const LossGrads<float>&, void*, cudaStream_t);
-template cudaError_t margin_backward(const LossGrads<double>&, void*, cudaStream_t);
+template cudaError_t margin_backward(const LossBackward<float>&, void*, cudaStream_t);
+template cudaError_t margin_backward(const LossBackward<double>&, void*, cudaStream_t);
 
 }  // namespace robustfast::cuda

@@ -1,4 +1,4 @@
-// Compactness and alignment: distances, pulls and their sums, and the backward. One block per chunk of a row;
+// Compactness and alignment: lengths, pulls and their sums, and the backward. One block per chunk of a row;
 // memory-bound on the features. Items run from the last to the first, because centroids ran from the first to the last:
 // the features that it read at its end may still be in the L2.
 #include "cuda/boundary.cuh"
@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(variance_threads, single || count < 8 ? 2 : 1)
 }
 
 template <class T, int norm, int count, class Wide>
-__global__ void __launch_bounds__(variance_backward_threads, 3) variance_backward_kernel(const LossGrads<Wide> a) {
+__global__ void __launch_bounds__(variance_backward_threads, 3) variance_backward_kernel(const LossBackward<Wide> a) {
   variance_backward<T, norm, count>(a, blockIdx.x, gridDim.x);
 }
 
@@ -235,7 +235,7 @@ cudaError_t class_pulls(const LossParams& p, const void* centroid, const void* s
 }
 
 template <class Wide>
-cudaError_t variance_backward(const LossGrads<Wide>& a, Dtype features, int64_t norm, cudaStream_t stream) {
+cudaError_t variance_backward(const LossBackward<Wide>& a, Dtype features, int64_t norm, cudaStream_t stream) {
   return for_loss<Wide>(features, norm, [&](auto feature, auto p) {
     using T = decltype(feature);
     const bool whole = whole_packs(a.input, a.dim, sizeof(T)) && whole_packs(a.input_noise, a.dim, sizeof(T));
@@ -246,7 +246,7 @@ cudaError_t variance_backward(const LossGrads<Wide>& a, Dtype features, int64_t 
     });
   });
 }
-template cudaError_t variance_backward(const LossGrads<float>&, Dtype, int64_t, cudaStream_t);
-template cudaError_t variance_backward(const LossGrads<double>&, Dtype, int64_t, cudaStream_t);
+template cudaError_t variance_backward(const LossBackward<float>&, Dtype, int64_t, cudaStream_t);
+template cudaError_t variance_backward(const LossBackward<double>&, Dtype, int64_t, cudaStream_t);
 
 }  // namespace robustfast::cuda

@@ -9,7 +9,7 @@ namespace robustfast::cuda {
 constexpr int variance_backward_threads = 256;
 
 template <class T, int norm, int count, class Wide>
-RF_DEVICE void sample_gradient(const LossGrads<Wide>& a, Wide grad_loss, int64_t i, int64_t column) {
+RF_DEVICE void variance_backward_at(const LossBackward<Wide>& a, Wide grad_loss, int64_t i, int64_t column) {
   const int64_t row = a.slot[i];
   Pack<T, count> view[2];
   Pack<Wide, count> centroid, mu_grad;
@@ -45,12 +45,12 @@ RF_DEVICE void sample_gradient(const LossGrads<Wide>& a, Wide grad_loss, int64_t
 
 // The part of `block`, of as many as `blocks`; every thread of them calls it.
 template <class T, int norm, int count, class Wide>
-RF_DEVICE void variance_backward(const LossGrads<Wide>& a, int64_t block, int64_t blocks) {
+RF_DEVICE void variance_backward(const LossBackward<Wide>& a, int64_t block, int64_t blocks) {
   const Wide grad_loss = *a.grad_loss;
   const Teams teams(a.dim / count, variance_backward_threads);
   for (int64_t i = block * teams.count + teams.team(); i < a.n; i += blocks * teams.count) {
     for (int64_t column = int64_t(teams.rank()) * count; column < a.dim; column += int64_t(teams.size) * count) {
-      sample_gradient<T, norm, count>(a, grad_loss, i, column);
+      variance_backward_at<T, norm, count>(a, grad_loss, i, column);
     }
   }
 }

@@ -25,15 +25,15 @@ def loop_loss(
     for c in labels:
         of_class = target == c
         mu = input[of_class].mean(0)
-        center = (1 - momentum) * mu + momentum * centroids[c] if seen[c].item() else mu
+        centroid = (1 - momentum) * mu + momentum * centroids[c] if seen[c].item() else mu
         for features in (input, input_noise):
-            distance = (features[of_class] - center).norm(dim=1)
-            variance = variance + torch.relu(distance - delta_var).square().mean() / 2
+            length = (features[of_class] - centroid).norm(dim=1)
+            variance = variance + torch.relu(length - delta_var).square().mean() / 2
         others = torch.arange(len(weight), device=weight.device) != c
         normal = weight[others] - weight[c]
         score = (normal @ mu + bias[others] - bias[c]) / normal.norm(dim=1)
         margin = margin + torch.relu(delta_dist + score).max()
-        regularization = regularization + center.norm()
-        centroids[c] = center.detach()
+        regularization = regularization + centroid.norm()
+        centroids[c] = centroid.detach()
         seen[c] = True
     return (alpha * variance + beta * margin + gamma * regularization) / len(labels)

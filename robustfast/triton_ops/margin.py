@@ -14,10 +14,10 @@ from robustfast.triton_ops.search import distance_of, score_of
 
 
 @triton.jit
-def margin(own, own_row, other, other_row, exists, mu, d, dim, delta_dist, weight_share):
+def margin(own, own_row, other, other_row, exists, mu, d, dim, delta_dist, beta_share):
     """The hinge of one class's margin, boundary_grad, boundary_bias, its gradient in mu, and whether it is active.
 
-    Rows of two classifiers: the class's own, and the winner's, any where none ``exists``. ``weight_share`` is beta / P.
+    Rows of two classifiers: the class's own, and the winner's, any where none ``exists``. ``beta_share`` is beta / P.
     """
     WIDE: tl.constexpr = mu.dtype
     normal = load_row(other.weight, other_row, d, dim, WIDE) - load_row(own.weight, own_row, d, dim, WIDE)
@@ -26,10 +26,10 @@ def margin(own, own_row, other, other_row, exists, mu, d, dim, delta_dist, weigh
     score = score_of(logit, distance)
     hinge = tl.where(exists & ((delta_dist + score <= 0) == 0), delta_dist + score, 0.0)  # nan passes
     active = hinge != 0
-    boundary_bias = tl.where(active, quotient_or_zero(weight_share, distance), 0.0)
+    boundary_bias = tl.where(active, quotient_or_zero(beta_share, distance), 0.0)
     unit = quotient_or_zero(normal, distance)
     boundary_grad = tl.where(active, boundary_bias * (mu - score * unit), 0.0)
-    return hinge, boundary_grad, boundary_bias, tl.where(active, weight_share, 0.0) * unit, active
+    return hinge, boundary_grad, boundary_bias, tl.where(active, beta_share, 0.0) * unit, active
 
 
 @triton.jit

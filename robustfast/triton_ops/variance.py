@@ -1,7 +1,7 @@
 """Variance: compactness (and alignment) = (1/P) sum_c (1/n_c) sum_{y_i=c} max(||f_i - m_c||_p - delta_v, 0)^2.
 
 One program takes one class, or one chunk of a class with many samples. It makes the centroid, holds it in registers,
-and passes over the samples once: their distances from it, hinges, and the pull_sum that the centroid's gradient needs.
+and passes over the samples once: lengths of residuals, hinges, and the pull_sum that the centroid's gradient needs.
 """
 
 from __future__ import annotations
