@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -116,7 +117,7 @@ class RobustClassifier(nn.Module):
         Args:
             images: (N, C, H, W), uint8 or floating in [0, 1]. With labels also a pair (clean, noisy) of views that are
                 normalised already.
-            labels: (N,) class indices.
+            labels: (N,) class indices of any integer dtype.
             sample_ids: int64 (N,), each image's place in the data set; 0..N-1 where None.
             draw: the epoch, or another number that makes the noise of a sample anew.
 
@@ -127,6 +128,8 @@ class RobustClassifier(nn.Module):
         """
         if labels is None:
             return self.model(self._normalized(images))
+        if not labels.is_floating_point():
+            labels = labels.long()  # F.cross_entropy takes few others
         if isinstance(images, Tensor):
             images = noisy_pair(
                 images,
@@ -167,11 +170,12 @@ class RobustClassifier(nn.Module):
         if self._asks_timm:
             model: Any = self.model
             return Pass(model.forward_head(model.forward_features(images), pre_logits=True), None)
-        logits, layer = self.model(images), self.classifier
-        features = layer.__dict__.pop(KEPT, None)
-        if features is None:
+        kept = _asked.kept = []  # type: ignore[var-annotated]
+        logits = self.model(images)
+        _asked.kept = None
+        if not kept:
             raise ValueError(f"classifier: the model's forward does not call its {self.classifier_name}")
-        return Pass(features, logits)
+        return Pass(kept[-1], logits)
 
     def _logits(self, view: Pass) -> Tensor:
         return self.classifier(view.features) if view.logits is None else view.logits
@@ -188,12 +192,14 @@ class RobustClassifier(nn.Module):
         return ((pixels - self._mean) / self._pixel_std).to(self._mean.dtype)
 
 
-KEPT = "robustfast_features"  # a classifier's attribute, from when it is called to when the model has its logits
+# Where a thread wants what its classifier is given: DataParallel's replicas, which share hooks, have one thread each.
+_asked = threading.local()
 
 
 def _keep_features(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-    """At the layer, which DataParallel's replicas have each of their own; they share hooks."""
-    layer.__dict__[KEPT] = arguments[0]
+    kept = getattr(_asked, "kept", None)
+    if kept is not None:
+        kept.append(arguments[0])
 
 
 def _find_classifier(model: nn.Module, classifier: str | nn.Module | None) -> str:

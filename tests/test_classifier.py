@@ -2,6 +2,9 @@
 
 import copy
 import pickle
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -157,6 +160,12 @@ def test_label_smoothing(images, cross_entropy):
     torch.testing.assert_close(module(images, LABELS, IDS, 4)["loss"], expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16])
+def test_label_dtypes(images, dtype):
+    expected = build(seed=9)(images, LABELS)["terms"]
+    torch.testing.assert_close(build(seed=9)(images, LABELS.to(dtype))["terms"], expected, rtol=0, atol=0)
+
+
 def ddp_step(rank, begin):
     """One step of one rank's half of the batch under DistributedDataParallel, and afterwards plain logits."""
     begin()
@@ -237,6 +246,23 @@ def test_replicas_of_data_parallel(images):
     step = build("name", seed=9)
     expected = copy.deepcopy(step)(images, LABELS)["loss"]
     assert torch.equal(replica_of(step)(images, LABELS)["loss"], expected)
+
+
+def test_threads_do_not_meet():
+    """As a server's: each has the features of its own batch, though both have called the classifier before."""
+    step, both = build("name").eval(), threading.Barrier(2)
+    step.model.register_forward_hook(lambda *_: both.wait() < 0 or None)
+    with ThreadPoolExecutor(2) as pool:
+        for features, logits in pool.map(step._pass, (torch.rand(5, 3, 8, 8), torch.rand(3, 3, 8, 8))):
+            torch.testing.assert_close(step.classifier(features), logits)
+
+
+def test_features_that_nobody_asks_for_are_not_kept(images):
+    """Logits alone, as of an evaluation: features would stay, and their graph, until the next step."""
+    step, kept = build("name"), []
+    step.classifier.register_forward_pre_hook(lambda _, given: kept.append(weakref.ref(given[0])))
+    step(images)
+    assert len(kept) == 1 and kept[0]() is None
 
 
 def test_mistakes_are_named():
