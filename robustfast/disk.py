@@ -10,13 +10,19 @@ from pathlib import Path
 from typing import Any
 
 
-def make_folder(folder: Path) -> None:
-    """Make the folder where it is missing and see that files can be written there; OSError naming it if not."""
+def check_folder(folder: Path) -> None:
+    """OSError naming the folder unless files can be written there, or where it would have to be made."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        tempfile.TemporaryFile(dir=nearest).close()
     except OSError as error:
         raise OSError(error.errno, f"cannot be written to: {error.strerror}", str(folder)) from error
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder where it is missing and see that files can be written there; OSError naming it if not."""
+    check_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def write(path: Path, content: bytes) -> None:

@@ -255,11 +255,12 @@ def test_settings_survive_json():
 @pytest.mark.parametrize(
     ("name", "value"), [("device", "tpu"), ("backend", "fast"), ("device", "cuda"), ("backend", "cuda")]
 )
-def test_what_cannot_run_is_a_value_error(name, value):
+def test_what_cannot_run_is_a_value_error_and_leaves_no_folder(name, value, tmp_path):
     if value == "cuda" and torch.cuda.is_available():
         pytest.skip("it can run here")
     with pytest.raises(ValueError, match=name):
-        prepare(Config(**{name: value}))
+        train(Config(**{name: value}), tmp_path / "runs" / "run")
+    assert not list(tmp_path.iterdir())
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------

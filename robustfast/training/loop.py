@@ -61,6 +61,7 @@ def train(
     setup = prepare(config)
     run = Run(setup)
     if out is not None and ranks.rank() == 0:
+        disk.make_folder(out)
         files.remove_run(out)
         run.save(out, setup)
     return _go_on(setup, run, out, on_epoch)
@@ -71,7 +72,7 @@ def _claim(out: Path, overwrite: bool) -> None:
         raise FileExistsError(
             f"{out} holds a run: go on with it (resume), replace it (overwrite) or choose another folder"
         )
-    disk.make_folder(out)
+    disk.check_folder(out)
 
 
 def resume(out: Path, on_epoch: Callable[[dict[str, float]], None] | None = None) -> dict[str, Any]:
