@@ -45,7 +45,7 @@ def test_matrix_units_are_used(tmp_path):
     assert "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32" in text and "ldmatrix.sync" in text
 
 
-@pytest.mark.parametrize("binding", ["loss_cuda.cpp", "noise_cuda.cpp"])
+@pytest.mark.parametrize("binding", sorted(path.name for path in CSRC.glob("ops/*_cuda.cpp")))
 def test_bindings_compile_against_any_torch(binding, tmp_path):
     """A CPU build of PyTorch has all headers that they need; nvcc only adds the toolkit's to the host compiler's."""
     include = [f"-I{path}" for path in (CSRC, *include_paths())]

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -207,3 +208,22 @@ def test_no_circles_of_imports():
             imports[part] |= found & (parts - {part})
     assert {"evaluation", "losses"} <= imports["training"]
     tuple(TopologicalSorter(imports).static_order())  # raises CycleError, which names the circle
+
+
+def included(source: Path) -> set[str]:
+    """What a source of csrc includes of csrc, directly or not."""
+    found, left = set(), [source]
+    while left:
+        names = set(re.findall(r'^#include "(.+)"', left.pop().read_text(), re.MULTILINE))
+        beside = {name for name in names if (ROOT / "csrc" / name).is_file()} - found
+        found |= beside
+        left += [ROOT / "csrc" / name for name in beside]
+    return found
+
+
+def test_cuda_includes_nothing_of_the_cpu():
+    csrc = ROOT / "csrc"
+    sources = [*csrc.glob("ops/*_cuda.cpp"), *csrc.glob("cuda/*.cu")]
+    found = set().union(*map(included, sources))
+    assert "cuda/kernels.h" in found and "ops/tensors.h" in found
+    assert not {name for name in found if name.startswith("cpu/") or name == "ops/memory.h"}

@@ -7,19 +7,18 @@
 #include <tuple>
 
 #include "common/noise.h"
-#include "ops/memory.h"
 #include "ops/tensors.h"
 
 namespace robustfast {
 
 // torch.empty_like(tensor, dtype=dtype), which keeps the memory format.
-inline Tensor empty_like(const Tensor& tensor, std::optional<ScalarType> dtype) {
+template <class Device>
+Tensor empty_like(const Tensor& tensor, std::optional<ScalarType> dtype) {
   using torch::stable::detail::from;
   std::array<StableIValue, 6> stack{from(tensor),       from(dtype),        from(std::nullopt),
                                     from(std::nullopt), from(std::nullopt), from(std::nullopt)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
-  const Tensor made = torch::stable::detail::to<Tensor>(stack[0]);
-  return made.is_cpu() ? with_huge_pages(made) : made;
+  return Device::fresh(torch::stable::detail::to<Tensor>(stack[0]));
 }
 
 enum class Layout { row_major, channels_last, other };
@@ -38,22 +37,23 @@ inline Layout layout(const Tensor& tensor) {
 }
 
 // A result of an op, and what a kernel writes for it: the same, unless a kernel does not know its layout.
-struct Result {
+template <class Device>
+struct ResultOf {
   Tensor tensor, written;
 
-  explicit Result(const Tensor& tensor)
+  explicit ResultOf(const Tensor& tensor)
       : tensor(tensor),
         written(layout(tensor) == Layout::other ? torch::stable::new_empty(tensor, tensor.sizes()) : tensor) {}
-  Result(const Tensor& tensor, const Result& beside)  // in that one's layout
+  ResultOf(const Tensor& tensor, const ResultOf& beside)  // in that one's layout
       : tensor(tensor),
-        written(layout(tensor) == layout(beside.written) ? tensor : empty_like(beside.written, std::nullopt)) {}
+        written(layout(tensor) == layout(beside.written) ? tensor : empty_like<Device>(beside.written, std::nullopt)) {}
 
   Output output() const { return {written.mutable_data_ptr(), dtype_of(written), written.stride(0)}; }
 
   // An argument of the kernel, in the layout of what it writes.
   Tensor match(const Tensor& argument) const {
     if (layout(argument) == layout(written)) return argument;
-    Tensor copy = empty_like(written, argument.scalar_type());
+    Tensor copy = empty_like<Device>(written, argument.scalar_type());
     return torch::stable::copy_(copy, argument);
   }
 
@@ -84,10 +84,12 @@ inline Noise noise_of(Distribution distribution, double scale, const std::option
           high};
 }
 
-// The ops of a device. `Device` is made from a tensor there, runs a kernel with arguments, and names the kernels;
-// Settings are the types of noise_of's arguments after the first.
+// The ops of a device. `Device` is made from a tensor there, runs a kernel with arguments, names the kernels, and
+// prepares new memory (`fresh`); Settings are the types of noise_of's arguments after the first.
 template <class Device, class... Settings>
 struct NoiseOpsOf {
+  using Result = ResultOf<Device>;
+
   static void add_noise_out(const Tensor& input, int64_t distribution, Settings... settings, const Tensor& out) {
     const Device run(input);
     const Noise noise = noise_of(Distribution(distribution), settings...);
@@ -98,7 +100,7 @@ struct NoiseOpsOf {
   }
 
   static Tensor add_noise(const Tensor& input, int64_t distribution, Settings... settings) {
-    const Tensor out = empty_like(input, std::nullopt);
+    const Tensor out = empty_like<Device>(input, std::nullopt);
     add_noise_out(input, distribution, settings..., out);
     return out;
   }
@@ -107,7 +109,7 @@ struct NoiseOpsOf {
                                    Settings... settings) {
     const Device run(input);
     const Noise noise = noise_of(Distribution(distribution), settings...);
-    Result result(empty_like(input, std::nullopt));
+    Result result(empty_like<Device>(input, std::nullopt));
     const Tensor g = result.match(grad), x = result.match(input);
     run(Device::add_noise_backward, noise, result.samples(false), matrix(g), matrix(x), result.output());
     result.finish();
@@ -128,7 +130,7 @@ struct NoiseOpsOf {
 
   static std::tuple<Tensor, Tensor> noisy_pair(const Tensor& images, const Tensor& mean, const Tensor& pixel_std,
                                                Settings... settings, ScalarType dtype) {
-    const Tensor clean = empty_like(images, dtype), noisy = empty_like(images, dtype);
+    const Tensor clean = empty_like<Device>(images, dtype), noisy = empty_like<Device>(images, dtype);
     noisy_pair_out(images, mean, pixel_std, settings..., clean, noisy);
     return {clean, noisy};
   }
@@ -137,7 +139,7 @@ struct NoiseOpsOf {
                                     const Tensor& pixel_std, Settings... settings) {
     const Device run(images);
     const Noise noise = noise_of(Distribution::gaussian, settings...);
-    Result result(empty_like(images, std::nullopt));
+    Result result(empty_like<Device>(images, std::nullopt));
     const Tensor x = result.match(images), clean = result.match(grad_clean), noisy = result.match(grad_noisy);
     const Tensor s = torch::stable::contiguous(pixel_std);
     run(Device::noisy_pair_backward, noise, result.samples(true), matrix(clean), matrix(noisy), matrix(x),

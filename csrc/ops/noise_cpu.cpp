@@ -1,5 +1,6 @@
 // The noise ops on the CPU.
 #include "cpu/noise.h"
+#include "ops/memory.h"
 #include "ops/noise.h"
 
 namespace robustfast {
@@ -13,6 +14,7 @@ struct Cpu {
   static constexpr auto* philox_words = robustfast::philox_words;
 
   explicit Cpu(const Tensor&) {}
+  static Tensor fresh(const Tensor& made) { return with_huge_pages(made); }
 
   template <class Kernel, class... Arguments>
   void operator()(Kernel* kernel, const Arguments&... arguments) const {

@@ -14,6 +14,7 @@ struct Cuda : OnDevice {
   static constexpr auto* philox_words = cuda::philox_words;
 
   using OnDevice::OnDevice;
+  static Tensor fresh(const Tensor& made) { return made; }
 
   template <class Kernel, class... Arguments>
   void operator()(Kernel* kernel, const Arguments&... arguments) const {
