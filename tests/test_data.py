@@ -190,9 +190,6 @@ def test_folder_errors_name_the_place(folder):
     write_png(folder / "test" / "cow" / "0.png", PIXELS[0, 0])
     with pytest.raises(ValueError, match="classes that train does not have: cow"):
         data.load(f"folder:{folder}")
-    (folder / "train" / "cow").mkdir()
-    with pytest.raises(ValueError, match=r"cow: expected images .* found none"):
-        data.load(f"folder:{folder}")
     write_png(folder / "train" / "cow" / "0.png", PIXELS[0, 0, :7])
     with pytest.raises(ValueError, match=r"dog.0\.png: expected \(7, 9\) pixels|cow.0\.png: expected \(8, 9\) pixels"):
         data.load(f"folder:{folder}")
@@ -229,11 +226,30 @@ def test_a_huge_image_is_not_decoded(folder):
         data.load(f"folder:{folder}")
 
 
-def test_files_that_are_left_out_are_said(folder):
+@pytest.mark.parametrize("size", [0, 12])
+def test_files_that_are_left_out_are_said(folder, size):
     for name in ("a.gif", "b.gif", "c.gif", "d.gif", "e.TXT"):
         (folder / "train" / "dog" / name).touch()
     with pytest.warns(UserWarning, match=r"train.dog: a\.gif, b\.gif, c\.gif and 2 more left out: not named \*\.png"):
-        assert len(data.load(f"folder:{folder}").train.labels) == 4
+        assert len(data.load(f"folder:{folder}", size).train.labels) == 4
+
+
+@pytest.mark.parametrize("size", [0, 12])
+def test_hidden_files_and_folders_are_passed_over(folder, size):
+    """As macOS and notebooks leave them beside images and classes."""
+    for part in ("train", "test"):
+        (folder / part / ".ipynb_checkpoints").mkdir()
+    (folder / "train" / "dog" / "._0.png").write_bytes(b"no image")
+    (folder / "train" / "dog" / ".DS_Store").touch()
+    loaded = data.load(f"folder:{folder}", size)
+    assert loaded.classes == ("cat", "dog") and len(loaded.train.labels) == 4
+
+
+@pytest.mark.parametrize("size", [0, 12])
+def test_a_class_without_training_images_is_named(folder, size):
+    (folder / "train" / "cow").mkdir()
+    with pytest.raises(ValueError, match=r"cow: expected images \*\.png or \*\.jpg, found none"):
+        data.load(f"folder:{folder}", size)
 
 
 @pytest.mark.parametrize("part", ["train", "test"])

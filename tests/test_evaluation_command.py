@@ -223,6 +223,7 @@ def test_a_model_of_ones_own(place, monkeypatch):
     for arguments, message in (
         (["evaluate"], "expected folders of runs, or --model"),
         (["evaluate", "--model", "own:make"], "--data: expected with --model"),
+        (["evaluate", "normal-0", "--out", "own", "--mean", "0"], "^--mean, --out: expected with --model alone"),
         (["evaluate", "normal-0", "--suite", "huge"], "suite: expected one of quick, paper, full"),
         (["evaluate", "normal-0", "--data", "digits"], r"digits: the model takes images .* of classes .*, got"),
         (["compare", "own.py", "normal-0"], "no finished evaluation; make one with: robustfast evaluate"),

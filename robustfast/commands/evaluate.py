@@ -34,7 +34,9 @@ def evaluate(
     weights: Annotated[Path | None, typer.Option(help="its weights, a safetensors file")] = None,
     mean: Annotated[list[float] | None, typer.Option(help="its normalisation; repeat for each channel")] = None,
     pixel_std: Annotated[list[float] | None, typer.Option(help="its normalisation; repeat for each channel")] = None,
-    training_sigma: Annotated[float, typer.Option(help="of --model's training noise, scales the suite")] = 0.06,
+    training_sigma: Annotated[
+        float | None, typer.Option(help="of --model's training noise, scales the suite", show_default="0.06")
+    ] = None,
     data: Annotated[
         str | None, typer.Option(help="test images: digits, npz:FILE, images:DIR and others", show_default="the run's")
     ] = None,
@@ -59,6 +61,9 @@ def evaluate(
     options = runs.Options(suite, data, tuple(sigma) if sigma else None, seed, batch_size, device, size, overwrite)
     if bool(folders) == bool(model):
         raise ValueError("expected folders of runs, or --model")
+    of_model = {"weights": weights, "mean": mean, "pixel-std": pixel_std, "training-sigma": training_sigma, "out": out}
+    if folders and (given := [f"--{name}" for name, value in of_model.items() if value not in (None, [])]):
+        raise ValueError(f"{', '.join(given)}: expected with --model alone; a run has its own")
     if page is not None:
         disk.make_folder(page.parent)
     with ranks.joined(WAIT):
@@ -68,7 +73,11 @@ def evaluate(
             if bool(mean) != bool(pixel_std):
                 raise ValueError("--mean, --pixel-std: expected both or neither")
             normalization = (mean, pixel_std) if mean and pixel_std else None
-            subjects = [runs.of_factory(model, weights, data, training_sigma, normalization, options)]
+            subjects = [
+                runs.of_factory(
+                    model, weights, data, 0.06 if training_sigma is None else training_sigma, normalization, options
+                )
+            ]
             places = [out or Path(f"evaluation-{suite}")]
         else:
             subjects = [runs.of_run(folder, options) for folder in folders or []]

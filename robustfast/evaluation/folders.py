@@ -24,7 +24,8 @@ class ImageFolder:
     """PNG and JPEG files ``DIR/CLASS/*``, as RGB of one size; a dataset for torch.utils.data.DataLoader too.
 
     Each image is scaled so that its shorter side is ``resize``, bilinear with antialiasing, and its middle is cut out.
-    Classes are the folders in alphabetical order; ids count the files in the order of their classes and names.
+    Classes are the folders in alphabetical order; ids count the files in the order of their classes and names. What is
+    hidden, with a dot before its name, is passed over; other files are left out with a warning.
 
     Args:
         path: the folder.
@@ -45,15 +46,16 @@ class ImageFolder:
             raise ValueError(f"resize: expected at least size ({size}), got {resize}")
         if not path.is_dir():
             raise FileNotFoundError(f"{path}: no such folder")
-        found = sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
+        found = class_names(path)
         self.classes = tuple(classes or found)
         if len(self.classes) < 2:
             raise ValueError(f"{path}: expected a folder for each of at least 2 classes, got {len(self.classes)}")
         if unknown := sorted(set(found) - set(self.classes)):
             raise ValueError(f"{path}: classes that train does not have: {', '.join(unknown)}")
-        files = [_image_files(path, name) if name in found else [] for name in self.classes]
+        files = [image_files(path / name) if name in found else [] for name in self.classes]
         # Arrays, not lists: worker processes then share them with this one, however many millions there are.
-        self.names = np.array([name for of_class in files for name in of_class])
+        places = zip(self.classes, files, strict=True)
+        self.names = np.array([os.fsencode(f"{name}/{file}") for name, of_class in places for file in of_class])
         self.labels = np.repeat(np.arange(len(files)), [len(of_class) for of_class in files])
         if not len(self.names):
             raise ValueError(f"{path}: expected images CLASS/*.png or *.jpg, found none")
@@ -109,7 +111,22 @@ def opened(file: Path) -> Iterator[Any]:
         raise ValueError(f"{file}: not an image that can be read: {error}") from error
 
 
-def _image_files(path: Path, name: str) -> list[bytes]:
-    """Of one class, ``name/file`` as the file system has it."""
-    files = sorted(entry.name for entry in os.scandir(path / name) if entry.name.lower().endswith(ENDINGS))
-    return [os.fsencode(f"{name}/{file}") for file in files]
+def class_names(path: Path) -> list[str]:
+    """The folders there, but for hidden ones: notebooks and file managers leave such beside the classes."""
+    return sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith("."))
+
+
+def image_files(path: Path) -> list[str]:
+    """Names of the PNG and JPEG files of a class, but for hidden ones; a warning of others."""
+    names = sorted(entry.name for entry in os.scandir(path) if not entry.name.startswith("."))
+    found = [name for name in names if name.lower().endswith(ENDINGS)]
+    if len(found) < len(names):
+        left_out = some([name for name in names if not name.lower().endswith(ENDINGS)])
+        warnings.warn(f"{path}: {left_out} left out: not named *.png or *.jpg", stacklevel=2)
+    return found
+
+
+def some(names: Sequence[str]) -> str:
+    """The names, the first few of many."""
+    rest = f" and {len(names) - 3} more" if len(names) > 4 else ""
+    return ", ".join(names[:3] if rest else names) + rest

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustfast.evaluation.folders import ENDINGS, ImageFolder, opened
+from robustfast.evaluation.folders import ImageFolder, class_names, image_files, opened, some
 from robustfast.evaluation.noise import BATCH
 from robustfast.extras import needed
 from robustfast.streams import generator
@@ -221,11 +221,12 @@ def folder(path: Path) -> DataSet:
         ValueError: a folder has no images, a file is no image of 8 bits, sizes differ, or test has other classes.
     """
     places = train_and_test(path)
-    classes = tuple(sorted(entry.name for entry in places[0].iterdir() if entry.is_dir()))
-    unknown = {entry.name for entry in places[1].iterdir() if entry.is_dir()} - set(classes)
+    classes = tuple(class_names(places[0]))
+    unknown = set(class_names(places[1])) - set(classes)
     if unknown:
         raise ValueError(f"{places[1]}: classes that train does not have: {', '.join(sorted(unknown))}")
     parts = [list(_files(part, classes)) for part in places]
+    _refuse_empty(places[0], classes, [label for _, label in parts[0]])
     mode = _common_mode([file for files in parts for file, _ in files])
     train, test = (_read_files(part, files, mode) for part, files in zip(places, parts, strict=True))
     return _checked(path, DataSet(train, test, classes))
@@ -236,10 +237,11 @@ def streamed_folder(path: Path, size: int, workers: int) -> DataSet:
 
     Raises:
         FileNotFoundError: there is no folder ``train`` or ``test``.
-        ValueError: there are no images in one of them, or test has other classes.
+        ValueError: a folder has no images, or test has other classes.
     """
     train, test = train_and_test(path)
     of_train = ImageFolder(train, size)
+    _refuse_empty(train, of_train.classes, of_train.labels)
     of_test = ImageFolder(test, size, classes=of_train.classes)
     return _checked(path, DataSet(Files.all_of(of_train, workers), Files.all_of(of_test, workers), of_train.classes))
 
@@ -255,13 +257,15 @@ def train_and_test(path: Path) -> tuple[Path, Path]:
 
 def _files(part: Path, classes: tuple[str, ...]) -> Iterator[tuple[Path, int]]:
     for label, name in enumerate(classes):
-        entries = sorted((part / name).iterdir()) if (part / name).is_dir() else []
-        found = [entry for entry in entries if entry.suffix.lower() in ENDINGS]
-        if not found and part.name == "train":
-            raise ValueError(f"{part / name}: expected images *.png or *.jpg, found none")
-        if left_out := [entry.name for entry in entries if entry not in found]:
-            warnings.warn(f"{part / name}: {_some(left_out)} left out: not named *.png or *.jpg", stacklevel=2)
-        yield from ((file, label) for file in found)
+        files = image_files(part / name) if (part / name).is_dir() else []
+        yield from ((part / name / file, label) for file in files)
+
+
+def _refuse_empty(train: Path, classes: tuple[str, ...], labels: Sequence[int] | np.ndarray) -> None:
+    """A ValueError naming the folder of a class that has no image, which could be nothing but a mistake."""
+    counts = np.bincount(np.asarray(labels, np.int64), minlength=len(classes))
+    if not counts.all():
+        raise ValueError(f"{train / classes[counts.argmin()]}: expected images *.png or *.jpg, found none")
 
 
 def _common_mode(files: list[Path]) -> str:
@@ -312,14 +316,8 @@ def _checked(path: Path, data: DataSet) -> DataSet:
         raise ValueError(f"{path}: expected at least 2 classes, got {len(classes)}")
     counts = train.labels.bincount(minlength=len(classes))
     if empty := [name for name, count in zip(classes, counts, strict=True) if count == 0]:
-        warnings.warn(f"{path}: no training images of class {_some(empty)}; labels count from 0", stacklevel=2)
+        warnings.warn(f"{path}: no training images of class {some(empty)}; labels count from 0", stacklevel=2)
     return data
-
-
-def _some(names: Sequence[str]) -> str:
-    """The names, the first few of many."""
-    rest = f" and {len(names) - 3} more" if len(names) > 4 else ""
-    return ", ".join(names[:3] if rest else names) + rest
 
 
 def stratified_split(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
