@@ -81,6 +81,13 @@ def test_rotation_passes_the_cache():
     assert seen == ["b", "c", "a", "b"]
 
 
+def test_rotation_passes_the_cache_that_is_there(tmp_path):
+    told = tmp_path / "size"
+    assert measure.last_level_cache(told) == 64 << 20
+    told.write_text("491520K\n")
+    assert measure.last_level_cache(told) == 480 << 20
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system tells no peak")
 def test_peak_memory_sees_what_is_gone_again():
     peak = measure.peak_memory(lambda: torch.ones(16 << 20).sum(), CPU)
@@ -135,9 +142,17 @@ def test_command(tiny, tmp_path):
     assert {"date", "device", "torch", "commit", "threads"} <= set(content["environment"])
     loss = {row["implementation"]: row for row in content["rows"] if (row["op"], row["dtype"]) == ("loss", "float32")}
     assert {"loop", "eager", "compiled"} <= set(loss)
-    for name in set(loss) - {"loop", "eager", "compiled"}:
-        assert loss[name]["speedup"]["over"] in ("loop", "eager", "compiled")
+    names, peers = set(cases.usable(None, CPU)[0]), {"loop", "eager", "compiled"}
+    assert set(loss) == peers | {cases.NULL} | names | {f"{name}, ops alone" for name in names}
+    for name in names:
+        assert loss[name]["speedup"]["over"] in peers
         assert loss[name]["bytes"] == 7 * 12 * 6 * 4 and loss[name]["of_ceiling"] > 0
+        assert "speedup" not in loss[f"{name}, ops alone"]
+    null = loss[cases.NULL]["seconds"]["median"]  # which a step cannot do without
+    for name, row in loss.items():
+        assert ("of_ceiling" in row) == (name != cases.NULL)
+        if name in names | peers:
+            assert row["floor_seconds"] > null
     for chart in ("times.png", "times.svg"):
         assert (tmp_path / chart).stat().st_size > 1000
     assert "…" not in done.output
@@ -171,9 +186,11 @@ def test_implementations_compute_the_same(tiny):
     batch = cases.make_batch((30, 8, 5), torch.float64, CPU)
     fresh = lambda: (*batch[:5], batch[5].clone(), batch[6].clone())  # noqa: E731
     expected = cases.forward_backward(cases.loss_of("reference"), fresh())
-    others = [cases.loop_loss, *(cases.loss_of(name) for name in cases.usable(None, CPU)[0])]
-    for function in others:
-        for a, b in zip(cases.forward_backward(function, fresh()), expected, strict=True):
+    steps = [cases.forward_backward(cases.loop_loss, fresh())]
+    for name in cases.usable(None, CPU)[0]:
+        steps += [cases.module_step(cases.module_of(name, fresh())), cases.ops_alone(name, fresh())]
+    for results in steps:
+        for a, b in zip(results, expected, strict=True):
             torch.testing.assert_close(a, b)
 
 

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 
 from robustfast import DiscriminativeLoss, backends, checks, functional
 from robustfast import steps as loss_steps
-from robustfast.backends import home
-from robustfast.bench.baselines import loop_loss
+from robustfast.backends import home, ops
+from robustfast.bench.baselines import DEFAULTS, loop_loss
 from robustfast.bench.measure import NullFunction, Rotation, Step, copies_past_cache
 
 OPS = ("loss", "margin", "noise", "train-step")
 PEERS = ("loop", "eager", "compiled", "max-autotune")  # plain PyTorch, what a kernel is compared with
 PRODUCTS = "products"  # W mu and W W_c by PyTorch, without the search: what the margin is compared with
 BOTH = "cross entropy of both views"  # what a training step without the method is
+NULL = "null autograd Function"  # what a step costs that computes nothing: with the ops alone a small problem's ceiling
 NORMALIZATION: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "pixel_std": (0.229, 0.224, 0.225)}
 
 # (N, D, K)
@@ -79,7 +80,7 @@ class Case:
     peers: Sequence[str] = PEERS
     bytes: int = 0
     flops: int = 0
-    null: Step | None = None  # an autograd Function that does nothing with the same arguments
+    ceilings: dict[str, Step] = field(default_factory=dict)  # parts that a step cannot do without, shown beside it
     notes: dict[str, str] = field(default_factory=dict)  # of implementations that are left out: why
 
 
@@ -138,27 +139,63 @@ def compiled(function: Callable[..., Any], device: torch.device) -> dict[str, Ca
 
 
 def loss(shape: str, dtype: torch.dtype, device: torch.device, names: Sequence[str]) -> Case:
-    """The loss, forward and backward."""
+    """The loss, forward and backward: the package's module with each backend, and plain PyTorch as functions."""
     n, dim, num_classes = sizes = (LOSS | SCALING)[shape]
-    copies = copies_past_cache(2 * n * dim * dtype.itemsize)
+    copies = copies_past_cache((2 * n + num_classes) * dim * dtype.itemsize)
     batches = [make_batch(sizes, dtype, device, seed) for seed in range(copies)]
     functions: dict[str, Callable[..., Tensor]] = {"eager": loss_of("reference")}
     functions |= compiled(functions["eager"], device)
     if shape in ("paper", "imagenet"):  # elsewhere a call takes half a minute and more
         functions = {"loop": lambda *batch: loop_loss(*batch)} | functions
-    functions |= {name: loss_of(name) for name in names}
-
-    def step(function: Callable[..., Tensor]) -> Step:
-        return Rotation(lambda batch: forward_backward(function, batch), batches)
-
-    leaves = (batches[0][0], batches[0][1], batches[0][3], batches[0][4])
-    value, grads = torch.zeros((), device=device), tuple(torch.zeros_like(leaf) for leaf in leaves)
+    steps: dict[str, Step] = {
+        name: Rotation(partial(forward_backward, function), batches) for name, function in functions.items()
+    }
+    steps |= {name: Rotation(module_step, [module_of(name, batch) for batch in batches]) for name in names}
+    ceilings: dict[str, Step] = {}
+    if n * dim <= 1 << 17:  # where a step is short enough for them to be a part of it
+        ceilings = {NULL: Rotation(lambda step: step(), [null_step(batch) for batch in batches])}
+        ceilings |= {f"{name}, ops alone": Rotation(partial(ops_alone, name), batches) for name in names}
     present = len(batches[0][2].unique())
     return Case(
-        "loss", shape, sizes, dtype, {name: step(function) for name, function in functions.items()},
+        "loss", shape, sizes, dtype, steps, ceilings=ceilings,
         bytes=7 * n * dim * dtype.itemsize, flops=4 * present * num_classes * dim,
-        null=lambda: torch.autograd.grad(NullFunction.apply(value, grads, *leaves), leaves),
     )  # fmt: skip
+
+
+def module_of(backend: str, batch: Sequence[Tensor]) -> tuple[DiscriminativeLoss, nn.Linear, Tensor, Tensor, Tensor]:
+    """(loss, fc, f, g, target): the package's module with the batch's state, and its classifier."""
+    f, g, target, weight, bias, centroids, seen = batch
+    num_classes, dim = weight.shape
+    with torch.device("meta"):  # all that there is to allocate is in the batch
+        loss, fc = DiscriminativeLoss(num_classes, dim, backend=backend), nn.Linear(dim, num_classes)
+    loss.centroids, loss.seen = centroids, seen
+    fc.weight, fc.bias = nn.Parameter(weight.detach()), nn.Parameter(bias.detach())
+    return loss, fc, f, g, target
+
+
+def module_step(of_batch: tuple[DiscriminativeLoss, nn.Linear, Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """What forward_backward gives, of the module."""
+    loss, fc, f, g, target = of_batch
+    value = loss(f, g, target, fc)
+    return value.detach(), *torch.autograd.grad(value, (f, g, fc.weight, fc.bias))
+
+
+def null_step(batch: Sequence[Tensor]) -> Step:
+    """An autograd Function of the loss's arguments that computes nothing; its gradients are there already."""
+    leaves = (batch[0], batch[1], batch[3], batch[4])
+    value, grads = torch.zeros((), device=batch[0].device), tuple(leaf.detach() for leaf in leaves)
+    return lambda: torch.autograd.grad(NullFunction.apply(value, grads, *leaves), leaves)
+
+
+@torch.no_grad()
+def ops_alone(backend: str, batch: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The two ops of a step, without checks, module and autograd."""
+    f, g, _, weight, bias, *_ = batch
+    norm, library = 2, ops(backend)
+    loss, _, *saved = library.discriminative_loss(*batch, DEFAULTS, None, norm, True, -100)
+    classifier = weight.shape[0], weight.dtype, bias.dtype
+    grads = library.discriminative_loss_backward(torch.ones_like(loss), f, g, *saved, *classifier, norm, [True] * 4)
+    return loss, *grads
 
 
 def margin(shape: str, dtype: torch.dtype, device: torch.device, names: Sequence[str]) -> Case:

@@ -91,5 +91,4 @@ def _table(rows: list[report.Row]) -> Table:
     table = Table(*columns, title=report.title(rows[0]), title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
     for row, line in zip(rows, lines, strict=True):
         table.add_row(*(line[column] for column in shown), style="" if row["peer"] else "bold")
-    table.caption, table.caption_justify = report.null_step(rows) or None, "left"
     return table

@@ -19,7 +19,6 @@ from torch import Tensor
 
 import robustfast
 
-LAST_LEVEL_CACHE = 64 << 20  # inputs rotate through at least as many bytes
 # What holds a machine to AVX2: the kernels, PyTorch, its compiler, its libraries.
 HELD_TO_AVX2 = {
     "ROBUSTFAST_CPU_ISA": "avx2",
@@ -30,6 +29,15 @@ HELD_TO_AVX2 = {
 }
 
 Step = Callable[[], object]
+
+
+def last_level_cache(told: Path = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")) -> int:
+    """Bytes that inputs rotate through at least: those of the processor's largest cache, more than any GPU's."""
+    kibibytes = int(told.read_text().rstrip("K\n")) if told.exists() else 0
+    return max(64 << 20, kibibytes << 10)
+
+
+LAST_LEVEL_CACHE = last_level_cache()
 
 
 @dataclass(frozen=True)

@@ -100,16 +100,7 @@ def markdown(content: dict[str, Any]) -> str:
         lines += [f"**{title(rows[0])}**", "", f"| {' | '.join(HEADER)} |", "|" + " --- |" * len(HEADER)]
         lines += [f"| {' | '.join(cells(row))} |" for row in rows]
         lines.append("")
-        if null := null_step(rows):
-            lines += [f"{null}.", ""]
     return "\n".join(lines)
-
-
-def null_step(rows: Sequence[Row]) -> str:
-    """What of a small problem's time no op can do without; empty where it was not measured."""
-    if "null_seconds" not in rows[0]:
-        return ""
-    return f"An autograd Function that does nothing takes {1e6 * rows[0]['null_seconds']['median']:.0f} µs of it"
 
 
 def charts(content: dict[str, Any], folder: Path) -> list[Path]:
@@ -158,6 +149,8 @@ def _curves(rows: Sequence[Row], axis: int, name: str, folder: Path) -> list[Pat
         return []
     figure, plot = pyplot.subplots(figsize=(6, 4), layout="constrained")
     for implementation, points in series.items():
+        if len(points) < 2:
+            continue  # the ceiling of small problems
         plot.loglog(*zip(*sorted(points), strict=True), "o-", label=implementation,
                     color=COLOURS.get(implementation, OURS))  # fmt: skip
     plot.set_xlabel(name)

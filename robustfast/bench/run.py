@@ -38,7 +38,7 @@ class Ceilings:
 
 
 def rows_of(case: Case, ceilings: Ceilings, seconds: float, graphs: bool = False) -> list[Row]:
-    """One row an implementation; see docs/benchmarks.md for what its numbers are."""
+    """One row an implementation, then one a part of the ceiling; docs/benchmarks.md says what their numbers are."""
     device, steps = ceilings.device, dict(case.steps)
     if graphs and device.type == "cuda":
         for name, step in case.steps.items():
@@ -46,13 +46,12 @@ def rows_of(case: Case, ceilings: Ceilings, seconds: float, graphs: bool = False
                 steps[f"{name} graph"] = captured(step)
             except RuntimeError as error:  # it waits for the device
                 case.notes[f"{name} graph"] = str(error).splitlines()[0]
-    if case.null is not None:
-        steps["null"] = case.null
+    steps |= case.ceilings
     times = interleave(steps, device, seconds)
-    floor, null = ceilings.floor(case), times.pop("null", None)
     peers = [name for name in times if name.removesuffix(" graph") in case.peers]
-    ours = [name for name in times if name not in peers and name.removesuffix(" graph") not in cases.PEERS]
+    ours = [name for name in times if name.removesuffix(" graph") not in {*peers, *cases.PEERS, *case.ceilings}]
     middle = {name: Spread.of(present(values)) for name, values in times.items()}
+    floor, null = ceilings.floor(case), middle[cases.NULL].median if cases.NULL in middle else 0.0
     best = min(peers, key=lambda name: middle[name].median, default=None)
     rows = []
     for name, values in times.items():
@@ -60,10 +59,12 @@ def rows_of(case: Case, ceilings: Ceilings, seconds: float, graphs: bool = False
                     "dtype": str(case.dtype).removeprefix("torch."), "implementation": name,
                     "seconds": asdict(middle[name]), "rounds": len(present(values)), "bytes": case.bytes,
                     "flops": case.flops, "peer": name not in ours}  # fmt: skip
-        if floor:
-            row |= {"floor_seconds": floor, "of_ceiling": floor / middle[name].median}
-        if null is not None:
-            row["null_seconds"] = asdict(Spread.of(present(null)))
+        if name == cases.NULL:
+            row |= {"bytes": 0, "flops": 0}
+        elif floor:
+            called = name not in case.ceilings and not name.endswith(" graph")
+            least = floor + null if called else floor
+            row |= {"floor_seconds": least, "of_ceiling": least / middle[name].median}
         if best is not None and name in ours:
             row["speedup"] = {"over": best, **asdict(Spread.of(ratios(times[best], values)))}
         row["peak_bytes"] = peak_memory(steps[name], device) if not name.endswith("graph") else None
