@@ -316,7 +316,9 @@ void BoundedSearch<T, F>::look_at_highest(int64_t row, const std::vector<Panel<F
   if (own >= 0 && own < size) values[own] = -std::numeric_limits<F>::infinity();
   for (int k = 0; k < 2 && best.winner < 0; ++k) {
     F most = -std::numeric_limits<F>::infinity();
+#ifndef __clang__  // which vectorises no maximum, and warns where it is asked to
 #pragma omp simd reduction(max : most)
+#endif
     for (int i = 0; i < size; ++i) most = std::max(most, values[i]);
     const int highest = int(std::find(values, values + size, most) - values);
     if (highest == size) return;
