@@ -57,8 +57,9 @@ def test_steps_take_turns_and_slow_ones_stop_early(clock):
         "slow": takes("slow", 2.0),
         "loop": takes("loop", 99.0),
     }
-    times = measure.interleave(steps, CPU, seconds=8.0)
+    times, peaks = measure.interleave(steps, CPU, seconds=8.0)
     rounds = len(times["fast"])
+    assert set(peaks) == set(steps)
     assert rounds == int(2.0 * 2 / 0.3)
     counted = {name: sum(value is not None for value in values) for name, values in times.items()}
     assert counted == {"fast": rounds, "other": rounds, "slow": 3, "loop": 1}
@@ -67,7 +68,7 @@ def test_steps_take_turns_and_slow_ones_stop_early(clock):
 
 def test_at_least_five_rounds_whatever_they_cost(clock):
     takes, _ = clock
-    times = measure.interleave({"a": takes("a", 50.0), "b": takes("b", 60.0)}, CPU, seconds=1.0)
+    times, _ = measure.interleave({"a": takes("a", 50.0), "b": takes("b", 60.0)}, CPU, seconds=1.0)
     assert len(times["a"]) == 5 and [value is not None for value in times["b"]] == [True] + [False] * 4
 
 
@@ -90,8 +91,8 @@ def test_rotation_passes_the_cache_that_is_there(tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system tells no peak")
 def test_peak_memory_sees_what_is_gone_again():
-    peak = measure.peak_memory(lambda: torch.ones(16 << 20).sum(), CPU)
-    assert 60 << 20 < peak < 96 << 20
+    total, peak = measure.peak_memory(lambda: torch.ones(16 << 20).sum(), CPU)
+    assert total == 16 << 20 and 60 << 20 < peak < 96 << 20
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system tells no peak")
@@ -100,7 +101,16 @@ def test_peak_memory_sees_what_earlier_calls_left_to_it():
         return [torch.ones(1 << 16) for _ in range(256)]
 
     step()
-    assert 60 << 20 < measure.peak_memory(step, CPU) < 96 << 20
+    assert 60 << 20 < measure.peak_memory(step, CPU)[1] < 96 << 20
+
+
+def test_steps_run_where_the_system_tells_no_peak(monkeypatch):
+    def refused(self, text):
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "write_text", refused)
+    times, peaks = measure.interleave({"a": lambda: None}, CPU, seconds=0.01)
+    assert peaks == {"a": None} and len(times["a"]) >= 5
 
 
 def test_plan():

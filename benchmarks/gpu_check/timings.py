@@ -73,7 +73,8 @@ def time_margin(machine: Machine, backend: str, size) -> dict:
         seconds = machine.time(lambda: loss(*batch), rounds=5)
     extra = None
     if machine.gpu:
-        extra = (peak_memory(lambda: forward_backward(loss, batch), machine.device) - batch[3].nbytes) / 2**20
+        _, peak = peak_memory(lambda: forward_backward(loss, batch), machine.device)
+        extra = (peak - batch[3].nbytes) / 2**20
     whole = machine.time(lambda: forward_backward(loss, batch), rounds=5)
     rate = 4 * present * num_classes * dim / seconds
     return {"us": seconds * 1e6, "with_backward_us": whole * 1e6, "tflops": rate / 1e12,

@@ -87,7 +87,13 @@ def _table(rows: list[report.Row]) -> Table:
         header[header.index("speedup")] = "more than " + cases.BOTH
     lines = [report.cells(row) for row in rows]
     shown = [column for column in range(len(header)) if any(line[column] for line in lines)]
-    columns = [Column(header[column], overflow="fold") for column in shown]  # in a narrow terminal nothing is cut off
+    # In a narrow terminal names and comparisons go on in a second line, and nothing is cut off.
+    columns = [
+        Column(header[column], overflow="fold", min_width=max(map(len, header[column].split())))
+        if report.HEADER[column] in ("implementation", "speedup")
+        else Column(header[column].replace(" ", "\n"), no_wrap=True, justify="right")
+        for column in shown
+    ]
     table = Table(*columns, title=report.title(rows[0]), title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
     for row, line in zip(rows, lines, strict=True):
         table.add_row(*(line[column] for column in shown), style="" if row["peer"] else "bold")

@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +31,7 @@ HELD_TO_AVX2 = {
 }
 
 Step = Callable[[], object]
+Result = TypeVar("Result")
 
 
 def last_level_cache(told: Path = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")) -> int:
@@ -88,18 +91,18 @@ def elapsed(step: Step, device: torch.device) -> float:
 
 def interleave(
     steps: dict[str, Step], device: torch.device, seconds: float, most: int = 2000
-) -> dict[str, list[float | None]]:
-    """Times of each step, round by round: every round calls each of them once, in an order that turns.
+) -> tuple[dict[str, list[float | None]], dict[str, int | None]]:
+    """Times of each step, round by round, and its peak memory: a round calls each of them once, in an order that turns.
 
-    A first call of each warms up, a second one shows its cost. A step so slow that it would take more than its equal
-    share of ``seconds`` is left out of later rounds (None there) once it has been timed as often as ``seconds`` allow,
-    three times at most; the call that showed the cost is the only one where more would not do. There are at least five
-    rounds.
+    A first call of each warms up, a second one shows its cost and the memory it needs. A step so slow that it would
+    take more than its equal share of ``seconds`` is left out of later rounds (None there) once it has been timed as
+    often as ``seconds`` allow, three times at most; the call that showed the cost is the only one where more would not
+    do. There are at least five rounds.
     """
-    cost = {}
+    cost, peaks = {}, {}
     for name, step in steps.items():
         step()
-        cost[name] = elapsed(step, device)
+        cost[name], peaks[name] = peak_memory(partial(elapsed, step, device), device)
     share = seconds / len(steps)
     fast = [name for name in steps if 3 * cost[name] <= share] or [min(cost, key=cost.__getitem__)]
     rounds = int(min(most, max(5, share * len(fast) / max(1e-9, sum(cost[name] for name in fast)))))
@@ -112,7 +115,7 @@ def interleave(
                 times[name].append(None if i else cost[name])
             else:
                 times[name].append(elapsed(steps[name], device) if i < limits[name] else None)
-    return times
+    return times, peaks
 
 
 def ratios(peer: Sequence[float | None], ours: Sequence[float | None]) -> list[float]:
@@ -170,22 +173,30 @@ def captured(step: Step) -> Step:
 # Memory.
 
 
-def peak_memory(step: Step, device: torch.device) -> int | None:
-    """Bytes that a call needs at its peak beyond what was there before; None where the system does not tell."""
+def peak_memory(call: Callable[[], Result], device: torch.device) -> tuple[Result, int | None]:
+    """What a call returns, and the bytes that it needs at its peak beyond what was there before.
+
+    None where the system does not tell.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        step()
+        result = call()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return result, torch.cuda.max_memory_allocated() - before
+    resident = _restart_peak()
+    result = call()
+    return result, None if resident is None else max(0, _resident("VmHWM") - resident)
+
+
+def _restart_peak() -> int | None:
+    """Bytes resident now, from which the process's peak starts again."""
     try:
         if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
             trim(0)  # memory that earlier calls left would hide what this one takes
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
-        before = _resident("VmRSS")
-        step()
-        return max(0, _resident("VmHWM") - before)
+        Path("/proc/self/clear_refs").write_text("5")
+        return _resident("VmRSS")
     except (OSError, StopIteration):
         return None
 

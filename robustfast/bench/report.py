@@ -127,8 +127,11 @@ def _bars(rows: Sequence[Row], folder: Path) -> list[Path]:
         colours = [COLOURS.get(row["implementation"], PEER if row["peer"] else OURS) for row in of_group]
         times = [1e3 * row["seconds"]["median"] for row in of_group]
         errors = [[1e3 * abs(row["seconds"]["median"] - row["seconds"][p]) for row in of_group] for p in ("p20", "p80")]
-        axis.barh(names, times, xerr=errors, color=colours, height=0.7)
-        axis.set_xscale("log")
+        bars = axis.barh(names, times, xerr=errors, color=colours, height=0.7)
+        axis.bar_label(bars, [_digits(time) for time in times], padding=4, fontsize=7)
+        if max(times) > 30 * min(times):  # the shortest bar would not be seen
+            axis.set_xscale("log")
+        axis.margins(x=0.1)
         axis.invert_yaxis()
         axis.set_title(title(of_group[0]), fontsize=9, loc="left")
         axis.tick_params(labelsize=8)

@@ -10,7 +10,7 @@ import torch
 
 from robustfast.bench import cases
 from robustfast.bench.cases import Case
-from robustfast.bench.measure import Spread, captured, copy_rate, interleave, matrix_rate, peak_memory, ratios
+from robustfast.bench.measure import Spread, captured, copy_rate, interleave, matrix_rate, ratios
 
 Row = dict[str, Any]
 
@@ -47,7 +47,7 @@ def rows_of(case: Case, ceilings: Ceilings, seconds: float, graphs: bool = False
             except RuntimeError as error:  # it waits for the device
                 case.notes[f"{name} graph"] = str(error).splitlines()[0]
     steps |= case.ceilings
-    times = interleave(steps, device, seconds)
+    times, peaks = interleave(steps, device, seconds)
     peers = [name for name in times if name.removesuffix(" graph") in case.peers]
     ours = [name for name in times if name.removesuffix(" graph") not in {*peers, *cases.PEERS, *case.ceilings}]
     middle = {name: Spread.of(present(values)) for name, values in times.items()}
@@ -67,7 +67,7 @@ def rows_of(case: Case, ceilings: Ceilings, seconds: float, graphs: bool = False
             row |= {"floor_seconds": least, "of_ceiling": least / middle[name].median}
         if best is not None and name in ours:
             row["speedup"] = {"over": best, **asdict(Spread.of(ratios(times[best], values)))}
-        row["peak_bytes"] = peak_memory(steps[name], device) if not name.endswith("graph") else None
+        row["peak_bytes"] = None if name.endswith(" graph") else peaks[name]
         rows.append(row)
     return rows
 
