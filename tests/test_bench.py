@@ -1,5 +1,6 @@
 """`robustfast bench`: its schedule and statistics on steps that take no time, and the command on tiny shapes."""
 
+import io
 import json
 import runpy
 import sys
@@ -11,6 +12,7 @@ import torch
 pytest.importorskip("typer")
 
 import typer
+from rich.console import Console
 from typer.testing import CliRunner
 
 from robustfast import reference
@@ -168,6 +170,20 @@ def test_command(tiny, tmp_path):
     assert "…" not in done.output
     for reason in content["unusable"].values():
         assert reason and reason in done.output.replace("\n", " ")
+
+
+def test_a_table_fits_a_narrow_terminal():
+    """Names and comparisons are folded, and nothing is cut off."""
+    row = {"op": "loss", "shape": "paper", "sizes": [64, 128, 10], "dtype": "float32", "implementation": cases.NULL,
+           "seconds": {"median": 0.0000123, "p20": 0.0000101, "p80": 0.0000199}, "bytes": 123, "flops": 123,
+           "of_ceiling": 1.23, "speedup": {"over": "compiled", "median": 23.45, "p20": 21.23, "p80": 29.87},
+           "peak_bytes": 123456 << 20, "peer": False}  # fmt: skip
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(command._table([row]))
+    shown = console.export_text()
+    for cell in report.cells(row):
+        for word in cell.split():
+            assert word in shown, shown
 
 
 def test_interruption_keeps_what_was_measured(tiny, tmp_path, monkeypatch):

@@ -82,14 +82,14 @@ def _names(argument: str, given: Any, known: Any) -> list[str]:
 
 
 def _table(rows: list[report.Row]) -> Table:
-    header = list(report.HEADER)
+    header = ["", *report.HEADER[1:]]
     if rows[0]["op"] == "train-step":
         header[header.index("speedup")] = "more than " + cases.BOTH
     lines = [report.cells(row) for row in rows]
     shown = [column for column in range(len(header)) if any(line[column] for line in lines)]
     # In a narrow terminal names and comparisons go on in a second line, and nothing is cut off.
     columns = [
-        Column(header[column], overflow="fold", min_width=max(map(len, header[column].split())))
+        Column(header[column], overflow="fold")
         if report.HEADER[column] in ("implementation", "speedup")
         else Column(header[column].replace(" ", "\n"), no_wrap=True, justify="right")
         for column in shown

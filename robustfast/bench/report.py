@@ -45,7 +45,7 @@ def cells(row: Row) -> tuple[str, ...]:
         faster,
         *(_digits(row[what] / time["median"] / 1e9) if row[what] else "" for what in ("bytes", "flops")),
         f"{row['of_ceiling']:.0%}" if "of_ceiling" in row else "",
-        "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.1f}",
+        "" if row["peak_bytes"] is None else _digits(row["peak_bytes"] / 2**20),
     )
 
 
