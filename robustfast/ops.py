@@ -85,7 +85,7 @@ def finish(mu: Tensor, centroid, pull_sum, counts: Tensor, *rest) -> tuple[Tenso
         mu.new_empty(mu.shape),  # boundary_grad
         mu.new_empty(counts.shape),  # boundary_bias
         mu.new_empty(counts.shape, dtype=torch.int32),  # winner
-        mu.new_empty(2),  # terms
+        mu.new_empty(len(Terms._fields) - 4),  # terms, but the loss, the variance and its two parts
     )
 
 

@@ -22,9 +22,9 @@ struct SettingsOf {
 using Settings = SettingsOf<double>;
 constexpr int num_settings = sizeof(Settings) / sizeof(double);
 
-// What a class gives to the terms, in the order of all tables and sums of it.
+// What a class gives to the terms, in the order of all tables and sums of it: first what its samples give.
 namespace class_term {
-enum { compactness, alignment, margin, regularization, count };
+enum { compactness, alignment, of_samples, margin = of_samples, regularization, count };
 }
 
 // The terms and the loss from the means over the classes of the batch; `terms` in the order of the op's result.

@@ -79,7 +79,7 @@ void margin_search(const Wide* mu, const ClassifierRows& own, const Matrix& weig
 // Regularization and margin, row by row, with what they give to the tables. Rows without samples get zeros.
 template <class Wide>
 struct Finish {
-  Wide delta_dist, beta, gamma;
+  SettingsOf<Wide> settings;
   int64_t norm, rows, dim, present;  // P
   ClassifierRows own, other;         // W_c and b_c, W_w and b_w
   const Wide* counts;                // (rows,): n_c

@@ -73,7 +73,7 @@ struct FinishRow {
   // Its part of the terms.
   void run(int64_t row, F* terms) {
     if (to.counts[row] == F(0)) return clear(row);
-    const F *centroid = to.centroid + row * to.dim, gamma_share = to.gamma / F(to.present), tau = to.tau[row];
+    const F *centroid = to.centroid + row * to.dim, gamma_share = to.settings.gamma / F(to.present), tau = to.tau[row];
     terms[class_term::regularization] =
         (to.norm == 1 ? regularize_row<1>(centroid, to.dim, gamma_share, tau, mu_grad(row))
                       : regularize_row<2>(centroid, to.dim, gamma_share, tau, mu_grad(row))) /
@@ -107,9 +107,9 @@ struct FinishRow {
       const auto* w_w = to.other.weight.template row<decltype(zero)>(to.other.at(row));
       const F bias_difference = bias_at<F>(to.other, row) - bias_at<F>(to.own, row);
       const Boundary<F> found = boundary(w_w, w_c.data(), boundary_grad(row), bias_difference, to.dim);
-      excess = hinge(to.delta_dist + found.score);
+      excess = hinge(to.settings.delta_dist + found.score);
       if (excess == F(0)) return;
-      const F inverse_distance = F(1) / found.distance, beta_share = to.beta / F(to.present);
+      const F inverse_distance = F(1) / found.distance, beta_share = to.settings.beta / F(to.present);
       write_boundary(w_w, w_c.data(), to.dim, found.score, inverse_distance, beta_share, F(1) / to.counts[row],
                      mu_grad(row), boundary_grad(row));
       to.boundary_bias[row] = beta_share * inverse_distance;

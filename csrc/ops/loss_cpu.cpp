@@ -64,9 +64,7 @@ void discriminative_loss(const LossCall& call, const LossResults& results) {
         .pull_sum = mu_grad,
     };
     const Finish<Wide> boundaries = {
-        .delta_dist = s.delta_dist,
-        .beta = s.beta,
-        .gamma = s.gamma,
+        .settings = s,
         .norm = call.norm,
         .rows = present,
         .dim = dim,

@@ -20,7 +20,7 @@ struct PullResults {
       : slot(empty({n}, ScalarType::Int, centroid)),
         pull(empty({2, n}, centroid.scalar_type(), centroid)),
         pull_sum(empty({centroid.size(0), centroid.size(1)}, centroid.scalar_type(), centroid)),
-        terms(empty({2}, centroid.scalar_type(), centroid)) {}
+        terms(empty({class_term::of_samples}, centroid.scalar_type(), centroid)) {}
 
   Tuple tuple() const { return {slot, pull, pull_sum, terms}; }
 };
@@ -53,7 +53,7 @@ struct FinishResults {
         boundary_grad(torch::stable::clone(dense(mu))),
         boundary_bias(empty({mu.size(0)}, mu.scalar_type(), mu)),
         winner(torch::stable::clone(dense(winner))),
-        terms(empty({2}, mu.scalar_type(), mu)) {}
+        terms(empty({class_term::count - class_term::of_samples}, mu.scalar_type(), mu)) {}
 
   Tuple tuple() const { return {mu_grad, boundary_grad, boundary_bias, winner, terms}; }
 };

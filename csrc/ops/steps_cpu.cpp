@@ -46,8 +46,7 @@ PullResults::Tuple class_pulls(const Tensor& input, const std::optional<Tensor>&
     };
     Wide terms[class_term::count] = {};
     class_pulls(pulls, terms);
-    data<Wide>(results.terms)[0] = terms[class_term::compactness];
-    data<Wide>(results.terms)[1] = terms[class_term::alignment];
+    std::copy(terms, terms + class_term::of_samples, data<Wide>(results.terms));
   });
   return results.tuple();
 }
@@ -79,9 +78,7 @@ FinishResults::Tuple finish(const Tensor& mu, const Tensor& centroid, const Tens
     const SettingsOf<Wide> s = settings_of(settings, scheduled).template as<Wide>();
     const int64_t rows = mu.size(0), absent = std::count(data<Wide>(n_c), data<Wide>(n_c) + rows, Wide(0));
     const Finish<Wide> to = {
-        .delta_dist = s.delta_dist,
-        .beta = s.beta,
-        .gamma = s.gamma,
+        .settings = s,
         .norm = norm,
         .rows = rows,
         .dim = mu.size(1),
@@ -98,8 +95,7 @@ FinishResults::Tuple finish(const Tensor& mu, const Tensor& centroid, const Tens
     };
     Wide terms[class_term::count] = {};
     finish(to, terms);
-    data<Wide>(results.terms)[0] = terms[class_term::margin];
-    data<Wide>(results.terms)[1] = terms[class_term::regularization];
+    std::copy(terms + class_term::of_samples, terms + class_term::count, data<Wide>(results.terms));
   });
   return results.tuple();
 }

@@ -89,7 +89,7 @@ def finish(
         return *results, terms.zero_()
     given = Rows(*(table.contiguous() for table in (mu, centroid, pull_sum, counts, tau, winner)))
     own, other = classifier(unit_rows(weight_c), bias_c), classifier(unit_rows(weight_w), bias_w)
-    present, row_terms = (counts > 0).sum(dtype=torch.int32), mu.new_empty((2, rows))
+    present, row_terms = (counts > 0).sum(dtype=torch.int32), mu.new_empty((len(terms), rows))
     tile = row_tile(dim, mu.itemsize, processor(mu.device).family, 1, least_warps=4)
     launch(
         finish_step_kernel, (rows,), kind_of(*given, *own.weight, own.bias, *other.weight, other.bias, dim),
