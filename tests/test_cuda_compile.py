@@ -2,6 +2,7 @@
 warnings and without spilling."""
 
 import re
+import runpy
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,7 +11,10 @@ import pytest
 import torch
 from torch.utils.cpp_extension import include_paths
 
-CSRC = Path(__file__).resolve().parents[1] / "csrc"
+ROOT = Path(__file__).resolve().parents[1]
+CSRC = ROOT / "csrc"
+SASS = runpy.run_path(str(ROOT / "benchmarks/sass.py"))
+PAGE = (ROOT / "docs/performance.md").read_text()
 SOURCES = sorted(CSRC.glob("cuda/*.cu"))
 # The desktop's (sm_120) from the PTX of 10.0, as a wheel's kernels come to it.
 TARGETS = {"80": "80", "90a": "90a", "100": "100", "120": "100"}
@@ -35,6 +39,18 @@ def test_kernels_compile_without_spills(source, tmp_path):
     assert {report["arch"] for report in reports} == set(TARGETS)
     spilled = [r for r in reports if any(int(r[key]) for key in ("stack", "stores", "loads"))]
     assert not spilled, spilled
+    if source.stem in SASS["EVIDENCE"] and SASS["cuobjdump"]():
+        assert_page_shows(SASS["evidence"](source.stem, SASS["kernels"](tmp_path / "kernels.fatbin")))
+
+
+def assert_page_shows(evidence):
+    """What this nvcc makes of the sources, if it is the page's; and that nothing waits for loads, of any nvcc."""
+    version = subprocess.run([str(NVCC), "--version"], capture_output=True, text=True).stdout
+    if f"nvcc {re.search(r'release ([0-9.]+)', version)[1]}" in PAGE:
+        shown = [f"| {kernel} | {what} | [^|]+ | {re.escape(value)} |" for (kernel, what), value in evidence.items()]
+        assert not [row for row in shown if not re.search(row, PAGE)]
+    waited = [value for (_, what), value in evidence.items() if "waited for" in what]
+    assert all(value.startswith("0 of ") for value in waited)
 
 
 def test_matrix_units_are_used(tmp_path):

@@ -207,40 +207,47 @@ struct Stage {
   static RF_DEVICE int at(int row, int column) { return row * depth + (column / 8 ^ (row / 2 & 3)) * 8; }
 };
 
-// What a thread loads of a step: eight columns of a row of each.
-template <class W>
+// What a thread loads of a step: eight columns of a row of each. Of `whole` rows they are words which nothing looks at
+// until they are stored, so that loads are on their way while the step before is multiplied.
+template <class W, bool whole>
 struct Slices {
   using Kept = std::conditional_t<std::is_same_v<W, double>, float, W>;
-  Pack<bfloat16, 8> low;
-  Pack<Kept, 8> weight[3];  // of W_c and of two rows of W
+  static constexpr int words = sizeof(Pack<Kept, 8>) / 16;
+  Vector16 low[1];
+  Vector16 weight[3][words];  // of W_c and of two rows of W
 
   static RF_DEVICE int row() { return int(threadIdx.x) / 4; }
   static RF_DEVICE int column() { return int(threadIdx.x) % 4 * 8; }
 
-  template <class To, class T>
-  static RF_DEVICE Pack<To, 8> load(const T* row, int64_t column, int64_t dim, bool whole) {
-    if (std::is_same_v<To, T> && whole) return load_pack<8>(reinterpret_cast<const To*>(row), column, dim);
+  template <class To, int words, class T>
+  static RF_DEVICE void load(const T* row, int64_t column, int64_t dim, Vector16 (&word)[words]) {
     Pack<To, 8> pack = {};
-    RF_UNROLL
-    for (int k = 0; k < 8; ++k) {
-      if (column + k < dim) pack.value[k] = To(row[column + k]);
+    if constexpr (std::is_same_v<To, T> && whole) {
+      pack = load_pack<8>(row, column, dim);
+    } else {
+      RF_UNROLL
+      for (int k = 0; k < 8; ++k) {
+        if (column + k < dim) pack.value[k] = To(row[column + k]);
+      }
     }
-    return pack;
+    memcpy(word, &pack, sizeof(word));
   }
 
-  RF_DEVICE void load(const bfloat16* low_row, const W* const (&weight_row)[3], int64_t step, int64_t dim, bool whole) {
+  RF_DEVICE void load(const bfloat16* low_row, const W* const (&weight_row)[3], int64_t step, int64_t dim) {
     const int64_t at = step + column();
-    low = load<bfloat16>(low_row, at, low_row ? dim : 0, whole);
+    load<bfloat16>(low_row, at, low_row ? dim : 0, low);
     RF_UNROLL
-    for (int s = 0; s < 3; ++s) weight[s] = load<Kept>(weight_row[s], at, weight_row[s] ? dim : 0, whole);
+    for (int s = 0; s < 3; ++s) load<Kept>(weight_row[s], at, weight_row[s] ? dim : 0, weight[s]);
   }
 
   template <class T>
-  static RF_DEVICE void store(const Pack<T, 8>& pack, int row, uint16_t* high, uint16_t* low) {
+  static RF_DEVICE void store(const Vector16* word, int row, uint16_t* high, uint16_t* low) {
     Vector16 parts[2];
     if constexpr (std::is_same_v<T, bfloat16>) {
-      memcpy(&parts[0], &pack, sizeof(parts[0]));
+      parts[0] = word[0];
     } else {
+      Pack<T, 8> pack;
+      memcpy(&pack, word, sizeof(pack));
       RF_UNROLL
       for (int k = 0; k < 4; ++k) {
         split_pair(to_float(pack.value[2 * k]), to_float(pack.value[2 * k + 1]), parts[0].word[k], parts[1].word[k]);
@@ -251,10 +258,10 @@ struct Slices {
   }
 
   RF_DEVICE void store(uint16_t* high_parts, uint16_t* low_parts) const {
-    store(low, Stage::mu + row(), high_parts, low_parts);
-    store(weight[0], Stage::own + row(), high_parts, low_parts);
-    store(weight[1], Stage::other + row(), high_parts, low_parts);
-    store(weight[2], Stage::other + 64 + row(), high_parts, low_parts);
+    store<bfloat16>(low, Stage::mu + row(), high_parts, low_parts);
+    store<Kept>(weight[0], Stage::own + row(), high_parts, low_parts);
+    store<Kept>(weight[1], Stage::other + row(), high_parts, low_parts);
+    store<Kept>(weight[2], Stage::other + 64 + row(), high_parts, low_parts);
   }
 };
 
@@ -315,12 +322,11 @@ template <class W>
 constexpr int stage_size = (is_split<W> ? 2 : 1) * Stage::rows * depth;
 
 // The candidates of each row of a tile, of its columns in one split.
-template <class W>
+template <class W, bool whole>
 RF_DEVICE void search_tiles(const MarginSearch<float>& search, Sides<float>& sides, int64_t first_row,
-                            int64_t first_tile, int64_t end_tile, bool whole,
-                            Candidates<float> (&left)[Fragments::rows]) {
+                            int64_t first_tile, int64_t end_tile, Candidates<float> (&left)[Fragments::rows]) {
   uint16_t* const memory = reinterpret_cast<uint16_t*>(shared_memory());
-  const int64_t row = first_row + Slices<W>::row();
+  const int64_t row = first_row + Slices<W, whole>::row();
   const bool present = row < search.used();
   const bfloat16* low_row = present ? search.low_row(row) : nullptr;
   const W* weight[3] = {present ? search.own.weight.row<W>(search.own.at(row)) : nullptr, nullptr, nullptr};
@@ -328,11 +334,11 @@ RF_DEVICE void search_tiles(const MarginSearch<float>& search, Sides<float>& sid
   for (int64_t tile = first_tile; tile < end_tile; ++tile) {
     RF_UNROLL
     for (int s = 0; s < 2; ++s) {
-      const int64_t i = tile * MarginTile<float>::columns + s * 64 + Slices<W>::row();
+      const int64_t i = tile * MarginTile<float>::columns + s * 64 + Slices<W, whole>::row();
       weight[1 + s] = i < search.num_classes ? search.weight.row<W>(i) : nullptr;
     }
     Products<is_split<W>> sums;
-    Slices<W> slices;
+    Slices<W, whole> slices;
     sides.load_columns(search, tile);
 #pragma unroll 1
     for (int64_t next = 0; next < search.dim + depth; next += depth) {
@@ -342,7 +348,7 @@ RF_DEVICE void search_tiles(const MarginSearch<float>& search, Sides<float>& sid
         slices.store(high, low);
         __syncthreads();
       }
-      if (next < search.dim) slices.load(low_row, weight, next, search.dim, whole);
+      if (next < search.dim) slices.load(low_row, weight, next, search.dim);
       if (next == 0) continue;
       sums.add_step(high, low);
       stage = 1 - stage;
@@ -355,9 +361,9 @@ RF_DEVICE void search_tiles(const MarginSearch<float>& search, Sides<float>& sid
 }
 
 // float64: tiles of 32 by 64 pairs, 16 columns a step, plain multiplications.
-template <class W>
+template <class W, bool>
 RF_DEVICE void search_tiles(const MarginSearch<double>& search, Sides<double>& sides, int64_t first_row,
-                            int64_t first_tile, int64_t end_tile, bool, Candidates<double> (&left)[Squares::rows]) {
+                            int64_t first_tile, int64_t end_tile, Candidates<double> (&left)[Squares::rows]) {
   constexpr int depth = 16, rows = MarginTile<double>::rows, columns = MarginTile<double>::columns;
   __shared__ double mu[rows][depth + 1], own[rows][depth + 1], other[columns][depth + 1];
   const int64_t present = search.used();
@@ -396,8 +402,8 @@ RF_DEVICE void search_tiles(const MarginSearch<double>& search, Sides<double>& s
   }
 }
 
-template <class W, class Wide>
-__global__ void __launch_bounds__(margin_threads, 1) search_kernel(const MarginSearch<Wide> search, bool whole) {
+template <class W, bool whole, class Wide>
+__global__ void __launch_bounds__(margin_threads, 1) search_kernel(const MarginSearch<Wide> search) {
   using Layout = LayoutOf<Wide>;
   __shared__ Sides<Wide> sides;
   const int thread = int(threadIdx.x);
@@ -414,7 +420,7 @@ __global__ void __launch_bounds__(margin_threads, 1) search_kernel(const MarginS
     }
     __syncthreads();  // of reads of other rows' sides
     sides.load_rows(search, first_row);
-    search_tiles<W>(search, sides, first_row, split.first_tile(part), split.first_tile(part + 1), whole, left);
+    search_tiles<W, whole>(search, sides, first_row, split.first_tile(part), split.first_tile(part + 1), left);
     RF_UNROLL
     for (int r = 0; r < Layout::rows; ++r) {
       const int64_t row = first_row + Layout::row(thread, r);
@@ -559,8 +565,8 @@ cudaError_t margin_search(MarginSearch<Wide> search, cudaStream_t stream) {
     const bool whole = search.dim % 8 == 0 && whole_packs(search.weight, search.dim, sizeof(W)) &&
                        whole_packs(search.own.weight, search.dim, sizeof(W)) &&
                        reinterpret_cast<uintptr_t>(search.mu) % 16 == 0;
-    const cudaError_t error =
-        launch(search_kernel<W, Wide>, unsigned(search.blocks), margin_threads, shared, stream, search, whole);
+    const auto kernel = whole ? search_kernel<W, sizeof(Wide) == 4, Wide> : search_kernel<W, false, Wide>;
+    const cudaError_t error = launch(kernel, unsigned(search.blocks), margin_threads, shared, stream, search);
     if (error != cudaSuccess) return error;
     return launch(whole ? settle_kernel<W, 8, Wide> : settle_kernel<W, 1, Wide>, unsigned(search.rows), margin_threads,
                   0, stream, search);

@@ -34,21 +34,23 @@ cudaError_t for_packs(bool whole, const Function& function) {
   return whole ? function(std::integral_constant<int, pack_size<T>>()) : function(std::integral_constant<int, 1>());
 }
 
-// Elements [column, column + count) of a row of `dim`, a multiple of count; zeros behind its end.
+// Elements [column, column + count) of a row of `dim`, a multiple of count; zeros behind its end. These are chosen by
+// whole words, which are taken apart where they are used: a choice of elements would wait for the load.
 template <int count, class T>
 RF_DEVICE Pack<T, count> load_pack(const T* row, int64_t column, int64_t dim) {
-  Pack<T, count> pack = {};
-  if (column >= dim) return pack;
+  Pack<T, count> pack;
   if constexpr (count == 1) {
-    pack.value[0] = row[column];
+    pack.value[0] = column < dim ? row[column] : T{};
   } else if constexpr (Pack<T, count>::words == 0) {
-    const uint64_t word = load8(row + column);
+    const uint64_t word = column < dim ? load8(row + column) : 0;
     memcpy(&pack, &word, sizeof(pack));
   } else {
-    Vector16 word[Pack<T, count>::words];
     RF_UNROLL
-    for (int w = 0; w < Pack<T, count>::words; ++w) word[w] = load16(row + column + w * pack_size<T>);
-    memcpy(&pack, word, sizeof(pack));
+    for (int w = 0; w < Pack<T, count>::words; ++w) {
+      Vector16 word = {};
+      if (column < dim) word = load16(row + column + w * pack_size<T>);
+      memcpy(pack.value + w * pack_size<T>, &word, sizeof(word));
+    }
   }
   return pack;
 }
