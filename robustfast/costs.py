@@ -24,7 +24,7 @@ class Costs(NamedTuple):
 
 
 COSTS = {
-    "cpu": Costs(collective=1e-4, sent=1e-9, gathered=1.5e-9, table=1e-8, searched=8e-12),
+    "cpu": Costs(collective=1e-4, sent=1e-9, gathered=1.5e-9, table=1e-8, searched=5e-12),
     "cuda": Costs(collective=2e-5, sent=2e-11, gathered=3e-12, table=1.2e-11, searched=5e-15),
 }
 
