@@ -60,7 +60,7 @@ def discriminative_loss(
     groups = group(target, results.slot, results.pull, results.classes, num_classes, ignore_index)
     f, g, state = matrix(input), matrix(input_noise), State(centroids, seen)
     kind = kind_of(input, input_noise, *w.weight, w.bias, centroids, seen, groups.order.dtype, dim)
-    row_terms = results.loss.new_empty((4, rows))
+    row_terms = results.loss.new_empty((len(results.terms) - 1, rows))  # all but the variance
     finish = {"NORM": norm, "VIEWS": 1 if input_noise is None else 2, "UPDATE": update_state, "BLOCK": 256}
     family = processor(input.device).family
     if is_small(n, dim, num_classes):
