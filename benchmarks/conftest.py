@@ -29,9 +29,20 @@ def committed(op, shape, dtype):
         content = json.loads(path.read_text())
         where = content["environment"]
         if all(where.get(key) == here.get(key) for key in ("instruction_set", "limits", "threads", "cuda")):
-            rows = (row for row in content["rows"] if (row["op"], row["shape"], row["dtype"]) == (op, shape, dtype))
-            return {row["implementation"]: row["speedup"]["median"] for row in rows if "speedup" in row}
+            return speedups(
+                row for row in content["rows"] if (row["op"], row["shape"], row["dtype"]) == (op, shape, dtype)
+            )
     return {}
+
+
+def speedups(rows):
+    """{implementation: median speedup} of the kernels of a table."""
+    return {row["implementation"]: row["speedup"]["median"] for row in rows if "speedup" in row}
+
+
+def dropped(now, before):
+    """{implementation: (speedup now, as committed)} of those that lost more than DROP."""
+    return {name: (now[name], old) for name, old in before.items() if name in now and now[name] < (1 - DROP) * old}
 
 
 @pytest.fixture
@@ -47,10 +58,12 @@ def gate(benchmark, ceilings, request, capsys):
             print(f"\n{report.title(rows[0])}")
             for row in rows:
                 print("    " + "  ".join(f"{cell:>14}" for cell in report.cells(row)))
-        before = committed(op, shape, rows[0]["dtype"])
-        now = {row["implementation"]: row["speedup"]["median"] for row in rows if "speedup" in row}
+            before = committed(op, shape, rows[0]["dtype"])
+            if not before:
+                print("    compared with nothing: no results of a machine like this one are committed")
+        now = speedups(rows)
         benchmark.extra_info |= {"speedup": now, "committed": before}
-        slower = {name: (now[name], old) for name, old in before.items() if now.get(name, old) < (1 - DROP) * old}
+        slower = dropped(now, before)
         assert not slower, f"speedup now and as committed: {slower}"
 
     return measure_table

@@ -202,10 +202,23 @@ def test_interruption_keeps_what_was_measured(tiny, tmp_path, monkeypatch):
     assert [key[:2] for key, _ in report.tables(rows)] == [("loss", "paper"), ("noise", "paper")]
 
 
-@pytest.mark.parametrize("arguments", [("lost",), ("--dtype", "int8"), ("--backends", "gpu")])
+@pytest.mark.parametrize("arguments", [("lost",), ("--dtype", "int8"), ("--backends", "gpu"), ("--shapes", "huge")])
 def test_unknown_names(arguments, tiny, tmp_path):
     done = invoke(*arguments, "--out", tmp_path)
     assert isinstance(done.exception, ValueError) and "expected some of" in str(done.exception)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(("device", "said"), [("cuda", "no GPU is visible"), ("gpu", "expected auto, cpu or cuda")])
+def test_device_that_is_not_there(device, said, tmp_path):
+    done = invoke("--device", device, "--out", tmp_path)
+    assert isinstance(done.exception, ValueError) and f"device: {said}" in str(done.exception)
+
+
+def test_gate_fails_where_a_fifth_of_a_speedup_is_lost():
+    gate = runpy.run_path(str(ROOT / "benchmarks" / "conftest.py"))
+    now = {"cpu": 3.1, "cuda": 3.3, "new": 0.1}
+    assert gate["dropped"](now, {"cpu": 4.0, "cuda": 4.0, "unusable": 9.0}) == {"cpu": (3.1, 4.0)}
 
 
 def test_implementations_compute_the_same(tiny):

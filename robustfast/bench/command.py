@@ -15,6 +15,7 @@ from rich.table import Column, Table
 from robustfast.backends import LIBRARIES
 from robustfast.bench import cases, measure, report, run
 from robustfast.disk import write_json
+from robustfast.training.setup import pick_device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -40,7 +41,7 @@ def bench(
     chosen = _names("ops", ops or cases.OPS, cases.OPS)
     dtypes = [DTYPES[name] for name in _names("dtype", dtype.split(","), DTYPES)]
     asked = _names("backends", backends.split(","), LIBRARIES) if backends else None
-    where = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
+    where = pick_device(device)
     planned = run.plan(chosen, shapes.split(",") if shapes else None, dtypes, where)
     if scaling:
         planned += [("loss", name, dtype) for name in cases.SCALING for dtype in dtypes]
