@@ -136,12 +136,7 @@ def evaluate(
     Raises:
         ValueError: the data does not fit the model, or ``out`` holds an evaluation of something else.
     """
-    source = open_source(subject.source, subject.image[-1] if subject.image else options.size)
-    if subject.image is not None and (source.image, source.classes) != (subject.image, subject.classes):
-        raise ValueError(
-            f"{subject.source}: the model takes images {list(subject.image)} of classes {list(subject.classes or ())}, "
-            f"got {list(source.image)} of {list(source.classes)}"
-        )
+    source = _source_of(subject, options)
     features = all(hasattr(getattr(subject.model, "model", subject.model), part) for part in ("features", "fc"))
     std = subject.pixel_std if len(subject.pixel_std) == source.image[0] else subject.pixel_std * source.image[0]
     chosen = suite(
@@ -149,9 +144,7 @@ def evaluate(
     )
     disk.make_folder(out)
     if options.overwrite and ranks.rank() == 0:
-        for name in (stream.TABLE, RESULTS):
-            (out / name).unlink(missing_ok=True)
-        shutil.rmtree(out / stream.PARTS, ignore_errors=True)
+        _remove(out)
     start = time.perf_counter()
     columns, about = stream.measure(
         subject.model,
@@ -181,6 +174,24 @@ def evaluate(
         }  # fmt: skip
         disk.write_json(out / RESULTS, content)
     return Evaluated(subject.name, subject.group, subject.seed, columns, about, summary)
+
+
+def _source_of(subject: Subject, options: Options) -> Source:
+    """The images of the evaluation; ValueError where the model takes others."""
+    source = open_source(subject.source, subject.image[-1] if subject.image else options.size)
+    if subject.image is not None and (source.image, source.classes) != (subject.image, subject.classes):
+        raise ValueError(
+            f"{subject.source}: the model takes images {list(subject.image)} of classes {list(subject.classes or ())}, "
+            f"got {list(source.image)} of {list(source.classes)}"
+        )
+    return source
+
+
+def _remove(out: Path) -> None:
+    """Delete what an evaluation has left there."""
+    for name in (stream.TABLE, RESULTS):
+        (out / name).unlink(missing_ok=True)
+    shutil.rmtree(out / stream.PARTS, ignore_errors=True)
 
 
 def evaluate_run(run: Path, options: Options) -> str:
