@@ -18,6 +18,7 @@ WAYS_TO_WHOLE = (
     " or call fc.unshard() before, or pass .full_tensor() of both with process_group given (docs/pytorch.md)"
 )
 LABELS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+WIDENED_LABELS = (torch.uint16, torch.uint32)  # with which PyTorch computes little
 
 
 def wide_dtype(input: Tensor) -> torch.dtype:
@@ -26,9 +27,9 @@ def wide_dtype(input: Tensor) -> torch.dtype:
 
 
 def integer_labels(target: Tensor) -> Tensor:
-    """Labels as the ops take them: those of dtypes that PyTorch computes little with are widened."""
-    if not isinstance(target, Tensor) or target.dtype in (torch.uint16, torch.uint32):
-        _dtype("target", target, (*LABELS, torch.uint16, torch.uint32))
+    """Labels as the ops take them: those of other integer dtypes are widened."""
+    if not isinstance(target, Tensor) or target.dtype in WIDENED_LABELS:
+        _dtype("target", target, (*LABELS, *WIDENED_LABELS))
         return target.long()
     if target.is_floating_point() or target.dim() == 2:
         raise TypeError(

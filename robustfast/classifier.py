@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustfast import process_groups
+from robustfast import checks, process_groups
 from robustfast.functional import Terms, noisy_pair
 
 IGNORED = -100  # label that counts nowhere, that of F.cross_entropy
@@ -128,8 +128,7 @@ class RobustClassifier(nn.Module):
         """
         if labels is None:
             return self.model(self._normalized(images))
-        if not labels.is_floating_point():
-            labels = labels.long()  # F.cross_entropy takes few others
+        labels = _class_indices(labels)
         if isinstance(images, Tensor):
             images = noisy_pair(
                 images,
@@ -190,6 +189,16 @@ class RobustClassifier(nn.Module):
     def _normalized(self, images: Tensor) -> Tensor:
         pixels = images if images.is_floating_point() else images / 255
         return ((pixels - self._mean) / self._pixel_std).to(self._mean.dtype)
+
+
+def _class_indices(labels: Tensor) -> Tensor:
+    """int64, as F.cross_entropy takes them; probabilities (N, K), which it takes too, as they are."""
+    if isinstance(labels, Tensor) and labels.is_floating_point() and labels.dim() == 2:
+        return labels
+    checks._dtype("labels", labels, (*checks.LABELS, *checks.WIDENED_LABELS))
+    if labels.dim() != 1:
+        raise ValueError(f"labels: expected shape (N,), got {tuple(labels.shape)}")
+    return labels.long()
 
 
 # Where a thread wants what its classifier is given: DataParallel's replicas, which share hooks, have one thread each.

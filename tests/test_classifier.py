@@ -166,6 +166,25 @@ def test_label_dtypes(images, dtype):
     torch.testing.assert_close(build(seed=9)(images, LABELS.to(dtype))["terms"], expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("labels", "error", "message"),
+    [
+        (LABELS.tolist(), TypeError, "labels: expected a tensor, got list"),
+        (LABELS.float(), TypeError, r"labels: expected torch\.int64 or .*, got torch\.float32"),
+        (LABELS > 0, TypeError, r"labels: expected torch\.int64 or .*, got torch\.bool"),
+        (LABELS.unsqueeze(1), ValueError, r"labels: expected shape \(N,\), got \(5, 1\)"),
+    ],
+)
+def test_what_are_no_labels_is_named(images, labels, error, message):
+    with pytest.raises(error, match=f"^{message}$"):
+        build()(images, labels)
+
+
+def test_probabilities_for_cross_entropy_alone(images):
+    step, soft = build(loss=None, seed=9), F.one_hot(LABELS, 4).float()
+    torch.testing.assert_close(step(images, soft)["loss"], step(images, LABELS)["loss"])
+
+
 def ddp_step(rank, begin):
     """One step of one rank's half of the batch under DistributedDataParallel, and afterwards plain logits."""
     begin()
