@@ -51,7 +51,7 @@ check-wheel: wheel
 
 bench: $(VENV)/.installed
 	@echo 'This takes about 5 minutes on 2 idle cores; each row is shown when it is measured.'
-	python -m pytest benchmarks -q --benchmark-columns=min,median,rounds
+	python -m pytest benchmarks -q --tb=short --show-capture=no --benchmark-columns=min,median,rounds
 
 format: $(VENV)/.installed
 	ruff check --fix .

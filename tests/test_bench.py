@@ -65,7 +65,8 @@ def test_steps_take_turns_and_slow_ones_stop_early(clock):
     assert rounds == int(2.0 * 2 / 0.3)
     counted = {name: sum(value is not None for value in values) for name, values in times.items()}
     assert counted == {"fast": rounds, "other": rounds, "slow": 3, "loop": 1}
-    assert order[8:16] == ["fast", "other", "slow", "other", "slow", "fast", "slow", "fast"]
+    of_rounds = [order[i : i + 2] for i in range(17, len(order) - 1, 2)]  # those that only two take part in
+    assert {tuple(names) for names in of_rounds} == {("fast", "other"), ("other", "fast")}
 
 
 def test_at_least_five_rounds_whatever_they_cost(clock):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import random
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -92,7 +93,7 @@ def elapsed(step: Step, device: torch.device) -> float:
 def interleave(
     steps: dict[str, Step], device: torch.device, seconds: float, most: int = 2000
 ) -> tuple[dict[str, list[float | None]], dict[str, int | None]]:
-    """Times of each step, round by round, and its peak memory: a round calls each of them once, in an order that turns.
+    """Times of each step, round by round, and its peak memory: a round calls each of them once, in an order drawn anew.
 
     A first call of each warms up, a second one shows its cost and the memory it needs. A step so slow that it would
     take more than its equal share of ``seconds`` is left out of later rounds (None there) once it has been timed as
@@ -108,9 +109,9 @@ def interleave(
     rounds = int(min(most, max(5, share * len(fast) / max(1e-9, sum(cost[name] for name in fast)))))
     limits = {name: rounds if name in fast else max(1, min(3, int(seconds / cost[name]))) for name in steps}
     times: dict[str, list[float | None]] = {name: [] for name in steps}
-    names = list(steps)
+    names, order = list(steps), random.Random(0)
     for i in range(rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
+        for name in order.sample(names, len(names)):
             if limits[name] == 1:
                 times[name].append(None if i else cost[name])
             else:
