@@ -18,7 +18,8 @@ from torch import Tensor
 from robustfast import checks, collectives
 from robustfast.autograd import once_differentiable
 from robustfast.checks import wide_dtype
-from robustfast.shards import Block, gather_samples
+from robustfast.gathering import Ranks, gather_batch
+from robustfast.shards import Block
 
 LOGITS = 2**24  # that exist at a time: 64 MiB in float32
 
@@ -97,7 +98,8 @@ class CrossEntropyFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, target, weight, bias, block, label_smoothing, ignore_index, max_batch):
         with torch.autocast(input.device.type, enabled=False):
-            (f, _, target), _ = gather_samples(block, input, None, target, ignore_index, max_batch)
+            ranks = Ranks(block.group, "gather", max_batch)
+            (f, _, target), _ = gather_batch(input, None, target, ranks, block.num_classes, ignore_index)
             counted = target != ignore_index
             f = f.masked_fill(~counted.unsqueeze(1), 0)
             row, mine = block.local(target)

@@ -11,6 +11,8 @@ from torch import Tensor
 from robustfast import autograd, checks, reference
 from robustfast.backends import home, ops, resolve
 from robustfast.cross_entropy import linear_cross_entropy
+from robustfast.gathering import ALONE
+from robustfast.global_batch import GlobalLoss
 from robustfast.noise import (
     check_channels,
     check_no_gradient,
@@ -22,6 +24,7 @@ from robustfast.noise import (
 )
 from robustfast.ops import DISTRIBUTIONS
 from robustfast.reference import Settings, Terms
+from robustfast.searches import is_apart
 
 __all__ = [
     "Terms",
@@ -124,7 +127,8 @@ def loss_and_terms(
             ignore_index=ignore_index, **settings._asdict(),
         )  # fmt: skip
         return loss, terms
-    call = (op_of(chosen), target, centroids, seen, *as_arguments(settings), norm, moves, ignore_index)
+    op = GlobalLoss(ALONE, chosen) if op_of is ops and is_apart(chosen, input, weight) else op_of(chosen)
+    call = (op, target, centroids, seen, *as_arguments(settings), norm, moves, ignore_index)
     return autograd.DiscriminativeLossFunction.apply(input, input_noise, weight, bias, call)
 
 

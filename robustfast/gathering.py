@@ -20,6 +20,9 @@ class Ranks(NamedTuple):
     max_batch: int | None = None  # of a rank
 
 
+ALONE = Ranks(None, "gather")
+
+
 class Batch(NamedTuple):
     """The batches of all ranks one after the other, each filled up to the same length with ignored samples."""
 
@@ -32,9 +35,13 @@ def gather_batch(
 ) -> Batch:
     """The samples of all ranks, in one collective after a small one that tells whether anything is wrong.
 
-    Without a ``max_batch`` the host waits for the size of the largest batch; with one it waits for nothing on a GPU.
+    Without a ``max_batch`` the host waits for the size of the largest batch; with one it waits for nothing on a GPU. Of
+    a rank alone they are its samples as they are.
     """
     n, group = input.shape[0], ranks.group
+    if group is None:
+        checks.labels(target, num_classes, ignore_index)
+        return Batch((input, input_noise, target.long()), slice(0, n))
     labels, mine = checked_apart(target, input_noise, num_classes, ignore_index)
     *report, largest = collectives.all_reduce(torch.cat((mine, mine.new_full((1,), n))), "MAX", group)
     refuse(report, target, num_classes, ignore_index)

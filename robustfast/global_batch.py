@@ -18,13 +18,14 @@ from robustfast.backends import ops
 from robustfast.costs import Step
 from robustfast.gathering import Ranks, checked_apart, gather_batch, refuse
 from robustfast.reference import readable, rows_of
+from robustfast.searches import is_apart, search_of
 from robustfast.shards import Block, fetch, write_block
 
 EXCHANGES = ("auto", "sums", "gather")
 
 
 class GlobalLoss(NamedTuple):
-    """The loss's ops, of the batches of all ranks.
+    """The loss's ops, of the batches of all ranks; of a rank alone where its search is not that of the op.
 
     Gradients of features are multiplied by the number of ranks, by which DistributedDataParallel divides what it adds
     up.
@@ -74,14 +75,14 @@ def by_sums(
         input, input_noise, labels, centroid, sample_share, settings, scheduled, norm, ignore_index
     )
     pull_sum, squares = sum_over_ranks(group, pull_sum, squares)
-    winner = search(backend, group, taken, mu, weight, bias, weight, bias)
+    row = torch.arange(num_classes, dtype=torch.int32, device=mu.device)
+    winner = search(backend, group, taken, row, mu, weight, bias, weight, bias)
     weight_w, bias_w = rows_of(weight, bias, winner.long().clamp(min=0))
     mu_grad, boundary_grad, boundary_bias, winner, of_rows = step.finish(
         mu, centroid, pull_sum, counts, tau, weight, bias, weight_w, bias_w, winner, settings, scheduled, norm
     )
     loss, terms = steps.total(s, squares, of_rows, 1 if input_noise is None else 2)
-    classes = torch.stack((torch.arange(num_classes, dtype=winner.dtype, device=winner.device), winner))
-    tables = torch.stack((centroid, mu_grad, boundary_grad))
+    tables, classes = torch.stack((centroid, mu_grad, boundary_grad)), torch.stack((row, winner))
     return loss, terms, slot, pull, tables, classes, boundary_bias
 
 
@@ -89,12 +90,13 @@ def by_gathering(
     backend, ranks, input, input_noise, target, weight, bias, centroids, seen, settings, scheduled, norm, update_state,
     ignore_index,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The same, from the samples of all ranks: the op, or its steps where the ranks share the search."""
+    """The same, from the samples of all ranks: the op, or its steps where the search is shared or another backend's."""
     num_classes = weight.shape[0]
     batch = gather_batch(input, input_noise, target, ranks, num_classes, ignore_index)
     arguments = (*batch.tensors, weight, bias, centroids, seen, settings, scheduled, norm, update_state, ignore_index)
     f = batch.tensors[0]
-    if backend == "reference" or Step.of(f, len(f), num_classes, collectives.size(ranks.group)).gather_shares():
+    is_shared = Step.of(f, len(f), num_classes, collectives.size(ranks.group)).gather_shares()
+    if backend == "reference" or is_shared or is_apart(backend, f, weight):
         here = Block.of(num_classes, None)  # all classes
         loss, terms, slot, pull, *rest = by_rows(backend, here, partial(search, backend, ranks.group), *arguments)
     else:
@@ -103,13 +105,13 @@ def by_gathering(
 
 
 def by_rows(
-    backend, block, search_of, f, g, labels, weight, bias, centroids, seen, settings, scheduled, norm, update_state,
+    backend, block, winners_of, f, g, labels, weight, bias, centroids, seen, settings, scheduled, norm, update_state,
     ignore_index,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The same, from the samples of all ranks and this rank's block of the classes.
 
-    Tables have rows for the classes of the batch, whose parts of W, b and state are fetched. ``search_of`` gives the
-    winner, of all classes, of each row with samples: (taken, mu, weight_c, bias_c, weight, bias) -> (R,).
+    Tables have rows for the classes of the batch, whose parts of W, b and state are fetched. ``winners_of`` gives the
+    winner, of all classes, of each row with samples: (taken, classes, mu, weight_c, bias_c, weight, bias) -> (R,).
     """
     step, s, wide = steps.of(backend), steps.as_settings(settings, scheduled), checks.wide_dtype(f)
     groups = reference.group(labels, block.num_classes, ignore_index)
@@ -126,7 +128,7 @@ def by_rows(
     sample_share = groups.taken / (groups.present * counts.clamp(min=1))
     slot, pull, pull_sum, squares = step.class_pulls(f, g, row, centroid, sample_share, settings, scheduled, norm, -1)
     own = (weight_c, *(bias_c or (None,)))
-    winner = search_of(groups.taken, mu, *own, weight, bias)
+    winner = winners_of(groups.taken, groups.classes, mu, *own, weight, bias)
     weight_w, *bias_w = fetch(block, winner, (weight, *bias_of), wide)
     mu_grad, boundary_grad, boundary_bias, winner, of_rows = step.finish(
         mu, centroid, pull_sum, counts, tau, *own, weight_w, *(bias_w or (None,)), winner, settings, scheduled, norm
@@ -137,24 +139,40 @@ def by_rows(
 
 
 def search(
-    backend: str, group: Any, taken: Tensor, mu: Tensor, weight_c: Tensor, bias_c: Tensor | None, weight: Tensor,
-    bias: Tensor | None,
+    backend: str, group: Any, taken: Tensor, classes: Tensor, mu: Tensor, weight_c: Tensor, bias_c: Tensor | None,
+    weight: Tensor, bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """The winner (R,) of the margin of each row that is ``taken``; the ranks share them where that takes less time.
+    """The winner (R,) of the margin of each row that is ``taken``; the ranks share them where that takes less time."""
+    rows, present = rows_to_search(taken)
+    count, size, rank = len(rows), collectives.size(group), collectives.rank(group)
+    is_shared = Step.of(mu, count, len(weight), size).search_is_shared()
+    if is_shared:  # every so manieth row, as those that are taken come first
+        rows = rows[rank::size]
+        present = None if present is None else (present + size - 1 - rank) // size
+    _, winner = best_pairs(backend, rows, present, classes, mu, weight_c, bias_c, weight, bias)
+    if is_shared:
+        most = -(-count // size)
+        winner = collectives.all_gather(torch.nn.functional.pad(winner, (0, most - len(winner))), group)
+        winner = winner.view(size, most).T.reshape(-1)[:count]
+        rows, _ = rows_to_search(taken)
+    return torch.where(taken, winner.new_full((len(taken),), -1).index_copy_(0, rows, winner), -1)
 
-    Where nobody waits for it only those rows are looked at, else all of them.
-    """
-    rows = taken.nonzero().squeeze(1) if readable(taken) else torch.arange(len(taken), device=taken.device)
-    share, size = rows, collectives.size(group)
-    is_shared = Step.of(mu, len(rows), len(weight), size).search_is_shared()
-    if is_shared:
-        most = -(-len(rows) // size)
-        share = rows[collectives.rank(group) * most :][:most]
-    bias_c = None if bias_c is None else bias_c[share]
-    _, winner = steps.of(backend).margin_search(mu[share], weight_c[share], bias_c, weight, bias)
-    if is_shared:
-        winner = collectives.all_gather(torch.nn.functional.pad(winner, (0, most - len(winner))), group)[: len(rows)]
-    return winner.new_full((len(taken),), -1).index_copy_(0, rows, winner)
+
+def rows_to_search(taken: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The rows that are ``taken``; or all of them, these first, and their number, where nobody waits to see them."""
+    if readable(taken):
+        return taken.nonzero().squeeze(1), None
+    return taken.long().argsort(descending=True, stable=True), taken.sum(dtype=torch.int32)
+
+
+def best_pairs(
+    backend: str, rows: Tensor, present: Tensor | None, place: Tensor, mu: Tensor, weight_c: Tensor,
+    bias_c: Tensor | None, weight: Tensor, bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The scores and winners of some rows of the tables, the first ``present``; ``place`` (R,) is theirs in weight."""
+    step = steps.of(search_of(backend, len(rows), weight, mu.dtype))
+    bias_c = None if bias_c is None else bias_c[rows]
+    return step.margin_search(mu[rows], weight_c[rows], bias_c, weight, bias, place[rows].int(), present)
 
 
 def sum_over_ranks(group: Any, *tensors: Tensor) -> list[Tensor]:

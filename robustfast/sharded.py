@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from robustfast import checks, collectives, functional, process_groups, steps
 from robustfast.backends import ops
 from robustfast.cross_entropy import cross_entropy, linear_cross_entropy
-from robustfast.global_batch import by_rows
+from robustfast.gathering import Ranks, gather_batch
+from robustfast.global_batch import best_pairs, by_rows, rows_to_search
 from robustfast.losses import DiscriminativeLoss
 from robustfast.reference import Terms
-from robustfast.shards import Block, best_of_ranks, gather_samples
+from robustfast.shards import Block, best_of_ranks
 
 
 class ShardedLoss(NamedTuple):
@@ -33,10 +34,11 @@ class ShardedLoss(NamedTuple):
 
     def discriminative_loss(self, input, input_noise, target, *arguments: Any) -> tuple[Tensor, ...]:
         block, ignore_index = self.block, arguments[-1]
-        search_of = partial(winners, steps.of(self.backend), block)
+        ranks = Ranks(block.group, "gather", self.max_batch)
         with torch.autocast(input.device.type, enabled=False):
-            batch = gather_samples(block, input, input_noise, target, ignore_index, self.max_batch)
-            loss, terms, slot, pull, *rest = by_rows(self.backend, block, search_of, *batch.tensors, *arguments)
+            batch = gather_batch(input, input_noise, target, ranks, block.num_classes, ignore_index)
+            winners_of = partial(winners, self.backend, block)
+            loss, terms, slot, pull, *rest = by_rows(self.backend, block, winners_of, *batch.tensors, *arguments)
         return loss, terms, slot[batch.mine], pull[:, batch.mine].contiguous(), *rest
 
     def discriminative_loss_backward(
@@ -57,14 +59,20 @@ class ShardedLoss(NamedTuple):
 
 
 def winners(
-    step: Any, block: Block, taken: Tensor, mu: Tensor, weight_c: Tensor, bias_c: Tensor | None, weight: Tensor,
-    bias: Tensor | None,
+    backend: str, block: Block, taken: Tensor, classes: Tensor, mu: Tensor, weight_c: Tensor, bias_c: Tensor | None,
+    weight: Tensor, bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """The winner (R,) of each row's margin among the classes of all ranks, -1 where there is none."""
+    """The winner (R,) among the classes of all ranks for each row that is taken, -1 where there is none."""
+    score, winner = mu.new_full((len(mu),), -math.inf), mu.new_full((len(mu),), -1, dtype=torch.int32)
     if block.size:
-        score, winner = step.margin_search(mu, weight_c, bias_c, weight, bias)
-    else:
-        score, winner = mu.new_full((len(mu),), -math.inf), mu.new_full((len(mu),), -1, dtype=torch.int32)
+        rows, present = rows_to_search(taken)
+        local, mine = block.local(classes)
+        place = torch.where(mine, local, -1)
+        best = best_pairs(backend, rows, present, place, mu, weight_c, bias_c, weight, bias)
+        score, winner = (
+            torch.where(taken, none.index_copy(0, rows, of_rows), none)
+            for none, of_rows in zip((score, winner), best, strict=True)
+        )
     return best_of_ranks(score, winner, block)
 
 

@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from robustfast import checks, collectives, reference
-from robustfast.gathering import Batch, Ranks, gather_batch
+from robustfast import collectives, reference
 from robustfast.reference import Groups
 
 
@@ -36,22 +35,6 @@ class Block(NamedTuple):
         row = ids.long() - self.first
         mine = (row >= 0) & (row < self.size)
         return torch.where(mine, row, 0), mine
-
-
-def gather_samples(
-    block: Block,
-    input: Tensor,
-    input_noise: Tensor | None,
-    target: Tensor,
-    ignore_index: int,
-    max_batch: int | None,
-) -> Batch:
-    """The samples of all ranks, their labels checked."""
-    if block.group is None:
-        checks.labels(target, block.num_classes, ignore_index)
-        return Batch((input, input_noise, target.long()), slice(0, input.shape[0]))
-    ranks = Ranks(block.group, "gather", max_batch)
-    return gather_batch(input, input_noise, target, ranks, block.num_classes, ignore_index)
 
 
 def fetch(block: Block, ids: Tensor, tables: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:

@@ -111,7 +111,8 @@ def ranks_share_the_search(rank):
     for rows in (slice(0, 5), slice(0, 2)):  # of 4 one each; of 1 none but for the first
         case = mu[rows], weight[rows], bias[rows], weight, bias
         taken = torch.arange(len(case[0])) != 1
-        winner = global_batch.search("cpu", dist.group.WORLD, taken, *case)
+        classes = torch.arange(len(taken))
+        winner = global_batch.search("cpu", dist.group.WORLD, taken, classes, *case)
         expected = global_batch.steps.of("cpu").margin_search(*case)[1]
         assert torch.equal(winner, expected.masked_fill(~taken, -1))
     costs.COSTS["cpu"] = before
