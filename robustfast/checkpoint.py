@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from robustfast import collectives, disk, ranks
 from robustfast.sharded import ShardedDiscriminativeLoss
@@ -131,13 +133,21 @@ def set_optimizer_state(model: nn.Module, optimizer: Any, state: dict[str, Any])
 
 
 def _sharded_parameters(model: nn.Module) -> dict[str, tuple[ShardedDiscriminativeLoss, torch.Size]]:
-    """Those of the sharded losses in the model: by name, without the name that DistributedDataParallel adds."""
+    """Those of the sharded losses in the model, by the names that torch.distributed.checkpoint has for them."""
     return {
-        f"{prefix}.{name}".replace("module.", "").removeprefix("."): (head, parameter.shape)
-        for prefix, head in model.named_modules()
+        prefix + name: (head, parameter.shape)
+        for prefix, head in _unwrapped(model)
         if isinstance(head, ShardedDiscriminativeLoss)
         for name, parameter in head.named_parameters()
     }
+
+
+def _unwrapped(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The modules and their prefixes, without the names that DistributedDataParallel and torch.compile add."""
+    yield prefix, module
+    adds_name = isinstance(module, DistributedDataParallel) or hasattr(module, "_orig_mod")
+    for name, child in module.named_children():
+        yield from _unwrapped(child, prefix if adds_name else f"{prefix}{name}.")
 
 
 def _group(process_group: Any) -> Any:

@@ -24,6 +24,7 @@ from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 import robustfast
 from robustfast import DiscriminativeLoss, collectives, shards
+from robustfast.checkpoint import _sharded_parameters
 from robustfast.distributed import (
     ShardedDiscriminativeLoss,
     load_checkpoint,
@@ -421,6 +422,18 @@ def test_equals_the_loss_of_all_classes_on_one_rank(tmp_path):
 def test_one_process_without_a_group():
     equals_plain(None)
     exact_rows(None)
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, torch.compile], ids=["as it is", "compiled"])
+def test_names_in_a_checkpoint_of_what_the_optimizer_keeps(wrap):
+    """Under another name a rank's part would be saved as if it were the same on all ranks."""
+    model = nn.ModuleDict({"a_module": nn.ModuleList([head_of(whole(11), None, torch.float64)])})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    names = optimizer_state(wrap(model), optimizer)["state"]
+    assert list(names) == list(_sharded_parameters(wrap(model))) == ["a_module.0.weight", "a_module.0.bias"]
 
 
 def test_memory_of_a_rank_is_as_derived(tmp_path):
