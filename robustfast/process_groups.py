@@ -16,7 +16,7 @@ from robustfast import ranks
 def resolve(process_group: Any) -> Any:
     """The torch.distributed group that a module's ``process_group`` stands for now; None for this rank alone."""
     if process_group is None:
-        if not torch.compiler.is_compiling() and ranks.count() > 1:
+        if ranks.count() > 1 and not torch.compiler.is_compiling():
             _warn_of_ranks_apart()
         return None
     if process_group is False:
