@@ -32,22 +32,23 @@ caches and its memory. What holds it:
 LIMITS
 ```
 
-All implementations of a table take turns, in rounds, in one process; inputs rotate through as many bytes as the
-last-level cache has, or 16 batches. `ms` is the median over rounds, beside its 20th and 80th percentiles. A speedup is
-the median over rounds of (best plain PyTorch / kernel), both timed in the same round, and the percentiles of that
-ratio. A kernel of the loss is called as the package's module; *eager* is
-`robustfast.reference`, *compiled* is `torch.compile` of it with static shapes, *loop* goes class by class with labels
-on the host, as published code does. `GB/s` and `GFLOP/s` are what no implementation can do without, by its time: 7·N·D
-elements and 4·P·K·D flops of the loss. The ceiling is the time that these take at the bandwidth of a copy and at the
-rate of PyTorch's matrix product, both measured in the same run; the margin's pruning can pass 100% of it. For small
-problems a call's ceiling is more: a step also takes what an autograd Function takes that does nothing with the same
-arguments (*null autograd Function*). What else a step of the module takes is what is left of its time after that and
-*ops alone*, the op forward and the one backward called directly. `peak MiB` is what a call needs beyond what was
-resident before.
+All implementations of a table take turns, in rounds of an order drawn anew, in one process; inputs rotate through as
+many bytes as the last-level cache has, or 16 batches. `ms` is the median over rounds, beside its 20th and 80th
+percentiles. A speedup is the median over rounds of (best plain PyTorch / kernel), both timed in the same round, and the
+percentiles of that ratio. A kernel of the loss is called as the package's module; *eager* is `robustfast.reference`,
+*compiled* is `torch.compile` of it with static shapes, *loop* goes class by class with labels on the host, as published
+code does. `GB/s` and `GFLOP/s` are what no implementation can do without, by its time: 7·N·D elements and 4·P·K·D flops
+of the loss. The ceiling is the time that these take at the bandwidth of a copy and at the rate of PyTorch's matrix
+product, both measured in the same run; the margin's pruning can pass 100% of it. For small problems a call's ceiling is
+more: a step also takes what an autograd Function takes that does nothing with the same arguments (*null autograd
+Function*). What else a step of the module takes is what is left of its time after that and *ops alone*, the op forward
+and the one backward called directly. `peak MiB` is what a call needs beyond what was resident before.
 
 *margin* is the search for each row's best boundary alone, beside the two matrix products W·μ and W·W_c by PyTorch
-without any search (*products*): with random W, with W as the package's own loss trained it on synthetic classes, and
-with W of which nothing can be left out, since all that tells its rows apart is in the last eighth of the columns.
+without any search (*products*): with random W, with W as the package's own loss trained it on synthetic classes
+(*-trained*), with W of which nothing can be left out, since all that tells its rows apart is in the last eighth of the
+columns (*-worst*), and with W in two far groups, each narrower than rounding tells apart, half of whose pairs are
+looked at one by one (*-groups*).
 *train-step* is a step of SGD: cross entropy of both views without the method, and with it.
 """.replace("LIMITS", "\n".join(f"export {name}={value}" for name, value in HELD_TO_AVX2.items()))
 
