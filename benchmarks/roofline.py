@@ -45,6 +45,9 @@ CARDS = {
 SEARCH_TILE = (64, 128, 32)  # rows, classes, columns of a step
 SEARCH_SHARED_CYCLES = 384 + 128  # of a step: ldmatrix and stores
 SEARCH_INSTRUCTIONS = 957 * 256  # of a tile's threads between its last product and the pairs compared directly
+# Of Triton's on Hopper, from its SASS for sm_90a (docs/performance.md, "The Triton kernels").
+TRITON_TILE = (128, 128, 64)
+TRITON_CYCLES = 2000 + 700  # of a tile: issue beside its steps, and waiting for its first operands
 NOISE_INSTRUCTIONS = 44  # of an element, uint8 to bfloat16
 
 
@@ -108,6 +111,24 @@ def loss(n: int, dim: int, num_classes: int) -> list[Kernel]:
         ),
         Kernel("margin_backward", (), ("grad_weight", "grad_weight"), ("boundary_grad", "classes", "boundary_bias")),
     ]  # fmt: skip
+
+
+def search_rates(dim: int, card: Card) -> dict[str, float]:
+    """Seconds of one of 4 R K D operations of CUDA's search and of Triton's: what robustfast/searches.py goes by.
+
+    W is bfloat16. In float16 CUDA's takes five products in the place of two: with them alone it is "cuda, float16".
+    """
+    (rows, classes, depth), issue = SEARCH_TILE, SEARCH_INSTRUCTIONS // 128
+    flops_a_cycle = card.matrix / card.multiprocessors / card.clock
+    steps, flops = math.ceil(dim / depth), 4 * rows * classes * dim
+    cycles = {"cuda": (steps * SEARCH_SHARED_CYCLES + issue) / flops}
+    cycles["cuda, float16"] = 2.5 / flops_a_cycle + issue / flops
+    rows, classes, depth = TRITON_TILE
+    flops = 4 * rows * classes * depth
+    loads = 2 * (2 * rows + classes) * depth / 35  # as Card.l2_rate
+    of_step = max(flops / flops_a_cycle, loads)
+    cycles["triton"] = (math.ceil(dim / depth) * of_step + TRITON_CYCLES) / (flops * dim / depth)
+    return {name: of_one / card.multiprocessors / card.clock for name, of_one in cycles.items()}
 
 
 def noisy_pair(elements: int) -> Kernel:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import device_of
+from conftest import USABLE, device_of
 from loss_cases import RELATIVE, assert_close, random_case
 from ranks import run_ranks
 from torch import nn
@@ -115,6 +115,17 @@ def ranks_share_the_search(rank):
         winner = global_batch.search("cpu", dist.group.WORLD, taken, classes, *case)
         expected = global_batch.steps.of("cpu").margin_search(*case)[1]
         assert torch.equal(winner, expected.masked_fill(~taken, -1))
+    costs.COSTS["cpu"] = before
+
+
+def steps_of_triton(rank):
+    if "triton" not in USABLE or device_of("triton") != "cpu":
+        return
+    warnings.filterwarnings("ignore", category=RuntimeWarning)  # the interpreter's, of nan
+    before = costs.COSTS["cpu"]
+    for exchange, of_ranks in (("sums", before), ("gather", ALWAYS_SHARED)):
+        costs.COSTS["cpu"] = of_ranks
+        compare(rank, whole(), torch.float32, exchange=exchange, backend="triton")
     costs.COSTS["cpu"] = before
 
 
@@ -268,6 +279,7 @@ CHECKS = (
     gradients_are_those_of_one_process,
     other_batches,
     ranks_share_the_search,
+    steps_of_triton,
     errors_reach_all_ranks,
     the_exchange_is_chosen_once_for_all_ranks,
     a_change_of_the_state_shows,

@@ -54,6 +54,22 @@ def test_failures_are_found(tmp_path, monkeypatch, capsys):
     assert run(Step("slow", 1, [["sleep", "60"]]), 0.0, tmp_path) == "stopped after 0 s"
 
 
+def test_the_table_of_searches_as_measured(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks.gpu_check.table import search_table
+
+    seconds = {("cuda", "bfloat16"): 2e-15, ("triton", "bfloat16"): 3e-15, ("cuda", "float32"): 5e-15,
+               ("triton", "float32"): 6e-15, ("cuda", "float16"): 1e-15}  # fmt: skip
+    rows = [
+        {"time": "search", "us": 1.0, "capability": 9, "backend": backend, "dtype": f"torch.{dtype}",
+         "seconds_an_operation": of_one} for (backend, dtype), of_one in seconds.items()
+    ]  # fmt: skip
+    bfloat16, float32 = search_table([{"time": "loss", "us": 1.0}, *rows])
+    assert "(9, torch.bfloat16): Rates(own=2e-15, triton=3e-15)" in bfloat16
+    assert "the choice of triton WOULD CHANGE" in bfloat16
+    assert "now None: the choice of cuda stays" in float32
+
+
 @needs_cpu
 def test_what_compute_sanitizer_watches(tmp_path):
     out = tmp_path / "cpu.partial"

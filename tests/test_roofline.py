@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from robustfast import ops
+from robustfast import ops, searches
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = runpy.run_path(str(ROOT / "benchmarks" / "roofline.py"))
@@ -59,6 +59,13 @@ def test_the_slowest_part_is_the_prediction():
         "instructions": 1e6 / 1280e9 * 1e6,
         "shared memory": 1.0,  # eleven tiles are two rounds
     })  # fmt: skip
+
+
+def test_the_table_of_searches_is_the_prediction():
+    """Until there is a measurement."""
+    predicted = MODEL["search_rates"](512, MODEL["CARDS"]["H100"])
+    for dtype, own in ((torch.bfloat16, "cuda"), (torch.float16, "cuda, float16")):
+        assert searches.RATES[9, dtype] == pytest.approx((predicted[own], predicted["triton"]), rel=0.02)
 
 
 def test_the_page_shows_what_the_script_prints():

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torch.utils.checkpoint
+from conftest import USABLE, device_of
 from loss_cases import random_case
 from ranks import run_ranks
 from torch import nn
@@ -101,6 +102,15 @@ def equals_plain(group):
             f, g, *rest, bias, centroids, seen = whole(num_classes)
             assert_is_plain((f, g, *rest, bias, centroids, seen), 0.0, group, dtype)
             assert_is_plain((f, None, *rest, None, centroids, seen), 0.1, group, dtype, norm=1, delta_var=2.0)
+
+
+def with_triton(group):
+    if "triton" not in USABLE or device_of("triton") != "cpu":
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=RuntimeWarning)  # the interpreter's, of nan
+        for num_classes in (9, 3):
+            assert_is_plain(whole(num_classes), 0.0, group, torch.float32, backend="triton")
 
 
 def exact_rows(group):
@@ -406,6 +416,7 @@ def every_check(rank, initialise, folder):
     for group in (world, pairs[rank // 2], singles[rank]):
         equals_plain(group)
         exact_rows(group)
+    with_triton(world)
     under_wrappers(world)
     bytes_as_derived(world)
     errors_on_every_rank(world, rank)

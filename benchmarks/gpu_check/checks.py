@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from benchmarks.gpu_check.sizes import Sizes
 from robustfast import DiscriminativeLoss, functional
 from robustfast.bench.cases import forward_backward, loss_of, make_batch
 from robustfast.bench.measure import captured
+from robustfast.searches import RATES, Rates
 
 Row = tuple[dict, Callable[[], dict]]  # what a row is about, and the measurement of the rest
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -38,12 +40,24 @@ def checks(machine: Machine, backend: str, sizes: Sizes) -> Iterator[Row]:
     if sizes.stream:
         yield about("assertion", backend), partial(assertion, backend)
     for what in sizes.beyond_32_bits:
-        yield about(f"more than 2^31 elements, {what}", backend), partial(BEYOND_32_BITS[what], backend)
+        yield about(f"more than 2^31 elements, {what}", backend), partial(searched, {}, BEYOND_32_BITS[what], backend)
+    if backend == "cuda":
+        for size in sizes.accuracy:
+            for dtype in DTYPES[:3]:
+                entry = {(torch.cuda.get_device_capability()[0], dtype): Rates(own=1.0, triton=0.0)}
+                row = about("accuracy, Triton's search", backend, size, dtype)
+                yield row, partial(searched, entry, accuracy, backend, size, dtype, device)
 
 
 def about(check: str, backend: str, size: tuple = (), dtype: torch.dtype | None = None) -> dict:
     row = {"check": check, "backend": backend, "size": size}
     return row if dtype is None else row | {"dtype": str(dtype)}
+
+
+def searched(entries: dict, check: Callable[..., dict], *arguments) -> dict:
+    """A check where the table of searches has these entries; with none the loss has its backend's own."""
+    with patch.dict(RATES, entries, clear=True):
+        return check(*arguments)
 
 
 def accuracy(backend: str, size, dtype: torch.dtype, device: str) -> dict:

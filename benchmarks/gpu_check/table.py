@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 
+import torch
+
+from robustfast.searches import RATES
+
 NOTES = {
     "times_floor": "x floor", "of_matrix_rate": "of the matrix rate", "of_copy_rate": "of the copy bandwidth",
     "extra_mib": "MiB beside dW",
@@ -40,7 +44,25 @@ def table(report: dict) -> str:
         ]  # fmt: skip
         lines += ["   FAILED " + json.dumps(row)[:300] for row in failures(stage)]
         lines += [timing(row) for row in stage["results"] if "us" in row]
-    return "\n".join(lines)
+    results = [row for stage in report["stages"].values() for row in stage["results"]]
+    return "\n".join(lines + search_table(results))
+
+
+def search_table(results: list[dict]) -> list[str]:
+    """The entries of robustfast.searches.RATES as measured, beside those that are there."""
+    measured: dict[tuple, dict[str, float]] = {}
+    for row in results:
+        if row.get("time") == "search" and "us" in row:
+            measured.setdefault((row["capability"], row["dtype"]), {})[row["backend"]] = row["seconds_an_operation"]
+    lines = []
+    for (capability, dtype), found in measured.items():
+        if {"cuda", "triton"} <= found.keys():
+            there = RATES.get((capability, getattr(torch, dtype.removeprefix("torch."))))
+            chosen = "triton" if there and there.triton < there.own else "cuda"
+            change = "stays" if chosen == min(found, key=found.__getitem__) else "WOULD CHANGE"
+            entry = f"({capability}, {dtype}): Rates(own={found['cuda']:.2g}, triton={found['triton']:.2g})"
+            lines.append(f"searches.RATES {entry}, now {there}: the choice of {chosen} {change}")
+    return lines
 
 
 def timing(row: dict) -> str:

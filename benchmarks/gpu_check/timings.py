@@ -11,7 +11,7 @@ import torch
 from benchmarks.gpu_check.checks import Row
 from benchmarks.gpu_check.machine import Machine
 from benchmarks.gpu_check.sizes import Sizes
-from robustfast import functional
+from robustfast import functional, steps
 from robustfast.bench.baselines import loop_loss
 from robustfast.bench.cases import NORMALIZATION, forward_backward, loss_of, make_batch
 from robustfast.bench.measure import captured, peak_memory
@@ -21,6 +21,9 @@ def timings(machine: Machine, backend: str, sizes: Sizes) -> Iterator[Row]:
     if sizes.margin:
         what = {"time": "margin", "backend": backend, "size": sizes.margin, "dtype": "torch.bfloat16"}
         yield what, partial(time_margin, machine, backend, sizes.margin)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            what = {"time": "search", "backend": backend, "size": sizes.margin, "dtype": str(dtype)}
+            yield what, partial(time_search, machine, backend, sizes.margin, dtype)
     for size, dtype in sizes.loss:
         yield from time_loss(machine, backend, size, getattr(torch, dtype), loss_of(backend))
     yield from time_images(machine, backend, sizes)
@@ -79,6 +82,18 @@ def time_margin(machine: Machine, backend: str, size) -> dict:
     rate = 4 * present * num_classes * dim / seconds
     return {"us": seconds * 1e6, "with_backward_us": whole * 1e6, "tflops": rate / 1e12,
             "of_matrix_rate": rate / machine.matrix_rate, "extra_mib": extra}  # fmt: skip
+
+
+def time_search(machine: Machine, backend: str, size, dtype) -> dict:
+    """margin_search as a step, of which robustfast/searches.py has a table."""
+    rows, dim, num_classes = size
+    _, _, _, weight, bias, *_ = (t.detach() for t in make_batch((1, dim, num_classes), dtype, machine.device.type))
+    mu, classes = torch.randn(rows, dim, device=machine.device), torch.arange(rows, device=machine.device).int()
+    classes %= num_classes
+    search = steps.of(backend).margin_search
+    seconds = machine.time(lambda: search(mu, None, None, weight, bias, classes), rounds=5)
+    major = torch.cuda.get_device_capability()[0] if machine.gpu else 0
+    return {"us": seconds * 1e6, "seconds_an_operation": seconds / (4 * rows * num_classes * dim), "capability": major}
 
 
 def time_images(machine: Machine, backend: str, sizes: Sizes) -> Iterator[Row]:
