@@ -1,5 +1,6 @@
 """benchmarks/roofline.py: bytes are those of the tensors that the ops take and give, flops those of products."""
 
+import re
 import runpy
 import subprocess
 import sys
@@ -40,25 +41,44 @@ def test_flops_are_those_of_two_products():
     with FlopCounterMode(display=False) as counter:
         for left in (mu, weight):
             left @ weight.T
-    search = next(kernel for kernel in MODEL["loss"](n, dim, num_classes) if kernel.name == "margin_search")
-    assert search.flops == counter.get_total_flops()
-    step = 2 * 2 * 64 * 128 * 32  # of a tile
-    assert step / MODEL["SEARCH_SHARED_CYCLES"] < 4096  # flops a cycle that an H100's matrix units make: they wait
+    for search in MODEL["searches"](n, dim, num_classes):
+        assert search.flops in (0, counter.get_total_flops())  # settling needs no products
+    for step in (MODEL["CUDA_STEP"], MODEL["TRITON_STEP"]):
+        flops = 2 * 2 * step.rows * step.classes * step.depth
+        assert flops / step.shared < 4096  # a cycle, which an H100's matrix units make: they wait
 
 
 def test_the_slowest_part_is_the_prediction():
     card = MODEL["Card"](10, 1e9, 1e12, 1e14, 100)
-    kernel = MODEL["Kernel"](
-        "any", ("a",), ("b",), ("a", "c"), flops=10**9, instructions=10**6, tiles=11, tile_cycles=500
-    )
-    times = MODEL["microseconds"](kernel, {"a": 50, "b": 1000, "c": 1000}, card)
+    step = MODEL["Step"](4, 8, 16, 4, shared=100, instructions=60, beside=300)
+    kernel = MODEL["Kernel"]("any", ("a",), ("b",), ("a", "c"), flops=10**9, instructions=10**6, tiles=11, tile=step)
+    sizes = {"a": 50, "b": 1000, "c": 1000, "dim": 20}
+    times = MODEL["microseconds"](kernel, sizes, card)
     assert times == pytest.approx({
-        "memory": 2050e-6,  # c does not fit in the L2
+        "memory": 2050 / 350e9 * 1e6,  # c does not fit in the L2, through which all of it comes
         "L2": 50 / 350e9 * 1e6,
         "matrix units": 10.0,
         "instructions": 1e6 / 1280e9 * 1e6,
-        "shared memory": 1.0,  # eleven tiles are two rounds
+        "shared memory": 2 * (2 * 100 + 300) * 1e-3,  # eleven tiles are two rounds, of two steps each
+        "tiles' instructions": 2 * (2 * 60 + 300) * 1e-3,
+        "tiles' L2": 2 * (2 * 2 * 16 * 16 / 35 + 300) * 1e-3,
     })  # fmt: skip
+    alone = MODEL["microseconds"](kernel._replace(blocks=1), sizes, card)
+    assert alone["instructions"] == pytest.approx(10 * times["instructions"])
+    assert alone["memory"] == pytest.approx(2050 / 35e9 * 1e6)
+
+
+def test_every_kernel_is_in_the_model():
+    sources = "".join(path.read_text() for path in (ROOT / "csrc/cuda").glob("*.cu"))
+    found = set(re.findall(r"__global__ void\s+__launch_bounds__\(.*?\)\s*(\w+_kernel)\(", sources, re.DOTALL))
+    assert len(found) > 20
+    for path in (ROOT / "robustfast/triton_ops").glob("*.py"):
+        jitted = re.findall(r"^@triton\.jit.*\n(?:@.*\n)*def (\w+_kernel)\(", path.read_text(), re.MULTILINE)
+        found |= {f"triton {name}" for name in jitted}
+    shapes = [(MODEL[name], SIZES) for name in ("cuda", "small", "steps", "triton", "triton_small", "triton_steps")]
+    shapes += [(MODEL[name], (20000, 64, 300)) for name in ("cuda", "triton")]
+    modelled = [kernel for kernels, sizes in shapes for kernel in kernels(*sizes)] + MODEL["noise"](10)
+    assert set().union(*(kernel.functions for kernel in modelled)) == found
 
 
 def test_the_table_of_searches_is_the_prediction():
@@ -74,4 +94,5 @@ def test_the_page_shows_what_the_script_prints():
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert printed in page
     for card in MODEL["CARDS"]:
-        assert MODEL["table"](card, SIZES, (512, 3, 224, 224)).count("\n") == 10
+        shown = MODEL["tables"](card, MODEL["Shapes"]())
+        assert shown.count("| measured, µs |") == 9 and "nan" not in shown

@@ -126,10 +126,11 @@ struct Teams {
     __syncthreads();
     const int first = team() * (size / 32);
     RF_UNROLL
-    for (int k = 0; k < count; ++k) {
-      value[k] = of_warp[first][k];
+    for (int k = 0; k < count; ++k) value[k] = of_warp[first][k];
 #pragma unroll 1
-      for (int w = 1; w < size / 32; ++w) value[k] += of_warp[first + w][k];
+    for (int w = 1; w < size / 32; ++w) {
+      RF_UNROLL
+      for (int k = 0; k < count; ++k) value[k] += of_warp[first + w][k];
     }
   }
 
