@@ -62,7 +62,9 @@ _affine_modules: WeakSet[nn.Module] = WeakSet()
 
 def _affine(fc, input: Tensor) -> None:
     """A TypeError unless fc is weight and bias and nothing more: a module that computes itself is tried, once."""
-    if not (isinstance(getattr(fc, "weight", None), Tensor) and hasattr(fc, "bias")):
+    weight: Any = getattr(fc, "weight", None)
+    of_another = isinstance(fc, nn.Module) and (nn.parameter.is_lazy(weight) or getattr(weight, "ndim", 2) != 2)
+    if of_another or not (isinstance(weight, Tensor) and hasattr(fc, "bias")):
         expected = "an nn.Linear, or an object with weight (num_classes, dim) and bias (num_classes,) or None"
         raise TypeError(f"fc: expected {expected}, got {type(fc).__name__}")
     if not isinstance(fc, nn.Module) or fc in _affine_modules or torch.compiler.is_compiling() or transformed():
@@ -70,7 +72,6 @@ def _affine(fc, input: Tensor) -> None:
     if input.dim() != 2 or not len(input):
         return
     if type(fc).forward is not nn.Linear.forward or "forward" in fc.__dict__:
-        weight: Any = fc.weight
         bias: Any = 0 if fc.bias is None else fc.bias
         some = input[:4].detach().to(weight.dtype)
         with torch.no_grad():

@@ -192,7 +192,8 @@ def test_classifier_that_is_more_than_affine(loss, device):
 def test_words_for_what_is_no_classifier(loss, device):
     f, g, target, fc = batch_and_head(device)
     headless = SimpleNamespace(weight=fc.weight)
-    for wrong, name in (((fc.weight, fc.bias), "tuple"), (torch.nn.Identity(), "Identity"), (headless, "SimpleNam")):
+    others = (torch.nn.Conv2d(12, 7, 1), "Conv2d"), (torch.nn.LazyLinear(7), "LazyLinear"), (headless, "SimpleNam")
+    for wrong, name in (((fc.weight, fc.bias), "tuple"), (torch.nn.Identity(), "Identity"), *others):
         with pytest.raises(TypeError, match=f"fc: expected an nn.Linear, or an object with weight .*, got {name}"):
             loss(f, g, target, wrong)
 
