@@ -74,7 +74,7 @@ class Step(NamedTuple):
         return (self.ranks - 1) / self.ranks
 
     @property
-    def _rows(self) -> int:  # R, the classes of the batch at most; "sums" on a GPU looks for winners of all K
+    def _rows(self) -> int:  # R, the classes of the batch at most
         return min(self.n, self.num_classes)
 
     @property
