@@ -160,12 +160,15 @@ std::vector<Best<F> > look_at_all(const Search<T, F>& search) {
   return best;
 }
 
-// Where rows of W are taken from, since only their differences count: the median of three of them, if it is much nearer
-// to these than 0. What all rows have in common would only be rounded.
+using Classes = std::vector<int32_t>;
+
+// Where a group's rows of W are taken from, since only their differences count: the median of three of them, if it is
+// much nearer to these than 0. What all rows have in common would only be rounded.
 template <class T, class F>
-std::vector<F> origin_of(const Search<T, F>& search) {
-  const int64_t dim = search.dim, quarter = search.num_classes / 4;
-  const T *const a = search.weight(quarter), *const b = search.weight(2 * quarter), *c = search.weight(3 * quarter);
+std::vector<F> origin_of(const Search<T, F>& search, const Classes& classes) {
+  const int64_t dim = search.dim, size = classes.size();
+  const T *const a = search.weight(classes[size / 4]), *const b = search.weight(classes[size / 2]),
+                 *const c = search.weight(classes[size * 3 / 4]);
   std::vector<F> zeros(dim), median(dim);
   for (int64_t d = 0; d < dim; ++d) {
     const F x = F(to_float(a[d])), y = F(to_float(b[d])), z = F(to_float(c[d]));
@@ -177,25 +180,79 @@ std::vector<F> origin_of(const Search<T, F>& search) {
   return median;
 }
 
-// W_i for one panel of classes, by columns, and what bounds their scores.
+// One of some classes in no order that classes may have: parts of the golden section.
+inline int64_t sample_of(int64_t s, int64_t num_classes) {
+  const double turns = 0.6180339887498949 * double(s);
+  return int64_t(double(num_classes) * (turns - std::floor(turns)));
+}
+
+// Centres of groups of rows of W that are narrow beside their distance, which one origin leaves far from all others:
+// found among some classes, each the farthest one from those before it. Of other rows the first one alone.
+template <class T, class F>
+std::vector<std::vector<F> > centers_of_groups(const Search<T, F>& search) {
+  constexpr int64_t samples = 64, classes_of_group = 64;
+  const int64_t most = std::min<int64_t>(16, search.num_classes / classes_of_group);
+  if (most < 2) return {{}};
+  std::vector<std::vector<F> > centers;
+  std::vector<F> nearest(samples, std::numeric_limits<F>::infinity()), radius;  // squares
+  int64_t farthest = 0;
+  do {
+    centers.emplace_back(search.dim);
+    widen(search.weight(sample_of(farthest, search.num_classes)), search.dim, centers.back().data());
+    for (int64_t s = 0; s < samples; ++s) {
+      const T* row = search.weight(sample_of(s, search.num_classes));
+      nearest[s] = std::min(nearest[s], square_distance(row, centers.back().data(), search.dim));
+    }
+    farthest = std::max_element(nearest.begin(), nearest.end()) - nearest.begin();
+    radius.push_back(nearest[farthest]);
+    // Rows of which none is near the first one are in no such groups.
+    if (centers.size() == 1 && !(*std::min_element(nearest.begin() + 1, nearest.end()) < radius[0] / 64)) break;
+  } while (int64_t(centers.size()) < most);
+  const F narrow = radius.back() < radius[0] / 64 ? F(4) * radius.back() : radius[0];
+  centers.resize(1 + std::distance(radius.begin(), std::find_if(radius.begin(), radius.end() - 1,
+                                                                [&](F square) { return square <= narrow; })));
+  return centers;
+}
+
+// The classes by the nearest of these centres.
+template <class T, class F>
+std::vector<Classes> groups_of_classes(const Search<T, F>& search) {
+  const std::vector<std::vector<F> > centers = centers_of_groups(search);
+  std::vector<int32_t> nearest(search.num_classes);
+  parallel_for(0, centers.size() > 1 ? search.num_classes : 0, 64, [&](int64_t from, int64_t to) {
+    for (int64_t c = from; c < to; ++c) {
+      F least = std::numeric_limits<F>::infinity();
+      for (size_t g = 0; g < centers.size(); ++g) {
+        const F square = square_distance(search.weight(c), centers[g].data(), search.dim);
+        if (square < least) nearest[c] = int32_t(g);
+        least = std::min(least, square);
+      }
+    }
+  });
+  std::vector<Classes> groups(centers.size());
+  for (int64_t c = 0; c < search.num_classes; ++c) groups[nearest[c]].push_back(int32_t(c));
+  return groups;
+}
+
+// W_i for one panel of a group's classes, by columns, and what bounds their scores.
 template <class F>
 struct Panel {
   static constexpr int columns = Tile::columns;
-  int64_t first;
+  const int32_t* classes;
   int size;
   Lines<Pair> data;                                                  // (pairs, columns)
   F scale[columns], square[columns], norm[columns], error[columns];  // as Quantized has them
   F bias[columns], above[columns];  // b_i, and what a logit may be more than W_i . mu_c for it
 
   const Pair* at(int64_t d) const { return data[0].values + d * columns; }
-  int64_t class_of(int i) const { return first + std::min(i, size - 1); }  // the last one fills the panel
+  int32_t class_of(int i) const { return classes[std::min(i, size - 1)]; }  // the last one fills the panel
 
   // `space` is for (columns, pairs).
   template <class T>
-  void pack(const Search<T, F>& search, const F* origin, int64_t begin_class, Pair* space) {
+  void pack(const Search<T, F>& search, const F* origin, const Classes& group, int64_t begin, Pair* space) {
     const int64_t pairs = search.pairs();
-    first = begin_class;
-    size = int(std::min<int64_t>(columns, search.num_classes - first));
+    classes = group.data() + begin;
+    size = int(std::min<int64_t>(columns, group.size() - begin));
     if (!data) data = lines<Pair>(pairs * columns);
     for (int i = 0; i < columns; ++i) {
       const int64_t c = class_of(i);
@@ -246,18 +303,20 @@ RF_INLINE bool can_win(const Panel<F>& panel, const Row<F>& row, const Target<F>
                               error_of(norm, error, row.own));
 }
 
-// The search by bounds, with what it needs of each row, packed once for all panels.
+// The search by bounds in one group of classes, with what it needs of each row, packed once for all panels.
 template <class T, class F>
 struct BoundedSearch {
   const Search<T, F>& search;
+  const Classes& classes;
   std::vector<F> zeros, origin;
   PackedRows mu, own;
   std::vector<Row<F> > rows;
 
-  explicit BoundedSearch(const Search<T, F>& search)
+  BoundedSearch(const Search<T, F>& search, const Classes& classes)
       : search(search),
+        classes(classes),
         zeros(search.dim),
-        origin(origin_of(search)),
+        origin(origin_of(search, classes)),
         mu(search.present, search.pairs()),
         own(search.present, search.pairs()),
         rows(mu.tiles * Tile::rows) {
@@ -292,6 +351,7 @@ struct BoundedSearch {
     own.pack(tile, own_q);
   }
 
+  void run(std::vector<Best<F> >& best) const;
   void look_in_panels(int64_t from, int64_t to, Best<F>* best) const;
   void look_in_tile(int64_t tile, const Panel<F>& panel, const int32_t* logits, const int32_t* products, F* space,
                     Best<F>* best, Twins& twins) const;
@@ -312,9 +372,7 @@ void BoundedSearch<T, F>::look_at_highest(int64_t row, const std::vector<Panel<F
       values[p * columns + i] = product_of(logits[p * Tile::size + i], panel.scale[i], rows[row].mu) + panel.bias[i];
     }
   }
-  const int64_t own = rows[row].c - panels[0].first;
-  if (own >= 0 && own < size) values[own] = -std::numeric_limits<F>::infinity();
-  for (int k = 0; k < 2 && best.winner < 0; ++k) {
+  for (int k = 0; k < 3 && best.winner < 0; ++k) {
     F most = -std::numeric_limits<F>::infinity();
 #ifndef __clang__  // which vectorises no maximum, and warns where it is asked to
 #pragma omp simd reduction(max : most)
@@ -322,7 +380,8 @@ void BoundedSearch<T, F>::look_at_highest(int64_t row, const std::vector<Panel<F
     for (int i = 0; i < size; ++i) most = std::max(most, values[i]);
     const int highest = int(std::find(values, values + size, most) - values);
     if (highest == size) return;
-    search.look_at(row, search.own.weight(row, space), panels[highest / columns].class_of(highest % columns), best);
+    const int32_t c = panels[highest / columns].class_of(highest % columns);
+    if (c != rows[row].c) search.look_at(row, search.own.weight(row, space), c, best);
     values[highest] = -std::numeric_limits<F>::infinity();
   }
 }
@@ -363,7 +422,7 @@ void BoundedSearch<T, F>::look_in_tile(int64_t tile, const Panel<F>& panel, cons
     for (int i = 0; count > 0 && i < panel.size; ++i) {
       if (!possible[i]) continue;
       --count;
-      const int64_t c = panel.first + i;
+      const int32_t c = panel.class_of(i);
       if (c == known.c || twins.known(row, c)) continue;
       // Where no score beats another the lowest index wins.
       if ((known.level || std::isnan(found.score)) && found.winner >= 0 && c > found.winner) continue;
@@ -386,7 +445,7 @@ void BoundedSearch<T, F>::look_in_panels(int64_t from, int64_t to, Best<F>* best
   for (int64_t p = from; p < to; p += panels.size()) {
     panels.resize(std::min<int64_t>(Tile::panels_of_group, to - p));
     for (size_t k = 0; k < panels.size(); ++k)
-      panels[k].pack(search, origin.data(), (p + k) * Tile::columns, q[0].values);
+      panels[k].pack(search, origin.data(), classes, (p + k) * Tile::columns, q[0].values);
     for (int64_t tile = 0; tile < mu.tiles; tile += Tile::tiles_of_block) {
       const int64_t end_tile = std::min<int64_t>(tile + Tile::tiles_of_block, mu.tiles);
       multiply_block(mu, tile, end_tile, panels, logits);
@@ -407,22 +466,29 @@ void BoundedSearch<T, F>::look_in_panels(int64_t from, int64_t to, Best<F>* best
   }
 }
 
-// What the search finds for each row.
+// Adds what there is among these classes to the best of each row.
 template <class T, class F>
-std::vector<Best<F> > Search<T, F>::run() const {
-  if (present * num_classes <= 1024) return look_at_all(*this);
-  const BoundedSearch<T, F> bounded(*this);
-  std::vector<Best<F> > best(present, Best<F>::none());
-  const int64_t panels = (num_classes + Tile::columns - 1) / Tile::columns;
+void BoundedSearch<T, F>::run(std::vector<Best<F> >& best) const {
+  const int64_t panels = (classes.size() + Tile::columns - 1) / Tile::columns;
   const int64_t tasks = std::min<int64_t>(panels, num_threads());
   std::vector<std::vector<Best<F> > > found(tasks, best);
   parallel_for(0, tasks, 1, [&](int64_t from, int64_t to) {
     for (int64_t t = from; t < to; ++t) {
-      bounded.look_in_panels(t * panels / tasks, (t + 1) * panels / tasks, found[t].data());
+      look_in_panels(t * panels / tasks, (t + 1) * panels / tasks, found[t].data());
     }
   });
   for (const std::vector<Best<F> >& part : found) {
-    for (int64_t row = 0; row < present; ++row) best[row].consider(part[row].score, part[row].winner);
+    for (int64_t row = 0; row < search.present; ++row) best[row].consider(part[row].score, part[row].winner);
+  }
+}
+
+// What the search finds for each row.
+template <class T, class F>
+std::vector<Best<F> > Search<T, F>::run() const {
+  if (present * num_classes <= 1024) return look_at_all(*this);
+  std::vector<Best<F> > best(present, Best<F>::none());
+  for (const Classes& classes : groups_of_classes(*this)) {
+    if (!classes.empty()) BoundedSearch<T, F>(*this, classes).run(best);
   }
   return best;
 }
