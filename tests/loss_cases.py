@@ -124,7 +124,7 @@ def search_cases(rows, dim, classes):
     yield "rows near one row", mu, 10 * row + 1e-2 * weight, bias
     yield "rows all but one row", mu, row + 1e-6 * weight, bias
     yield "rows near two", mu, sign * row + 1e-3 * weight, torch.zeros(classes)
-    yield "rows near five, twins of some", mu, 3 * normal(5, dim)[torch.arange(classes) % 5] + 1e-3 * weight.round(), bias
+    yield "rows near five, some twins", mu, normal(5, dim)[torch.arange(classes) % 5] + 1e-3 * weight.round(), bias
     yield "sizes", mu, sizes * weight, bias
     yield "zeros", mu * (mu[:, :1] > 0), weight * (weight[:, :1] > 0), torch.zeros(classes)
     yield "ties", mu.sign(), weight.round().clamp(-1, 1), torch.zeros(classes)
