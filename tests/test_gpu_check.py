@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -77,3 +78,12 @@ def test_what_compute_sanitizer_watches(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = json.loads(out.read_text())["results"]
     assert len(rows) == 14 and all(row["ok"] for row in rows)
+
+
+def test_every_test_over_backends_runs_on_a_gpu(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks.gpu_check.__main__ import TESTS
+
+    over_backends = r"def test_\w+\([^)]*\b(backend|every_backend|kernels|way|searched)\b|mark\.gpu\b"
+    files = {path.name for path in (ROOT / "tests").glob("test_*.py") if re.search(over_backends, path.read_text())}
+    assert "test_steps.py" in files and files - {Path(__file__).name} <= set(TESTS)

@@ -30,7 +30,9 @@ from benchmarks.gpu_check.table import COMPILE_AHEAD, failures, table
 
 SECONDS_OF_A_STAGE = 540
 # Tests that run on a GPU where there is one. The property test goes over all backends without naming any.
-TESTS = ("test_loss.py", "test_noise.py", "test_module.py", "test_triton.py")
+TESTS = ("test_loss.py", "test_loss_calls.py", "test_loss_edges.py", "test_steps.py", "test_searches.py",
+         "test_global_batch.py", "test_noise.py", "test_noise_arguments.py", "test_pytorch.py", "test_module.py",
+         "test_triton.py")  # fmt: skip
 ON_A_GPU = "cuda or triton or gpu or kernels_are_the_reference"
 
 
