@@ -128,7 +128,7 @@ size_t class_sums_scratch(const LossParams& p) { return step_scratch<SumsMemory>
 cudaError_t class_sums(const LossParams& p, void* sums, void* scratch, cudaStream_t stream) {
   return for_wide(p.input.dtype, [&]<class Wide>(Wide) {
     const size_t bytes = size_t(p.num_classes) * size_t(p.dim + 1) * sizeof(Wide);
-    cudaError_t error = cudaMemsetAsync(sums, 0, bytes, stream);
+    cudaError_t error = clear(sums, bytes, stream);
     if (error != cudaSuccess || p.n == 0) return error;
     Arena arena(scratch);
     const SumsMemory<Wide> m(p, arena);

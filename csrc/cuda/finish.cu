@@ -224,7 +224,7 @@ size_t finish_scratch(const FinishParams& p) {
 
 cudaError_t finish(const FinishParams& p, void* scratch, cudaStream_t stream) {
   return for_wide(p.wide, [&]<class Wide>(Wide) {
-    if (p.rows == 0) return cudaMemsetAsync(p.terms, 0, 2 * sizeof(Wide), stream);
+    if (p.rows == 0) return clear(p.terms, 2 * sizeof(Wide), stream);
     if (p.rows > INT32_MAX) return cudaErrorInvalidValue;
     Arena arena(scratch);
     const FinishMemory<Wide> memory(arena, p.rows);

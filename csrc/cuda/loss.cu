@@ -68,12 +68,12 @@ cudaError_t large_backward(const LossBackwardParams& p, void* scratch, cudaStrea
   const LossBackward<Wide> a(p);
   cudaError_t error = cudaSuccess;
   if (a.wants_features() && p.n > 0) error = variance_backward(a, p.input.dtype, p.norm, stream);
-  const auto clear = [&](const Output& grad, int64_t elements) {
+  const auto clear_grad = [&](const Output& grad, int64_t elements) {
     if (error != cudaSuccess || !grad.data) return;
-    error = cudaMemsetAsync(grad.data, 0, size_t(elements) * size_of(grad.dtype), stream);
+    error = clear(grad.data, size_t(elements) * size_of(grad.dtype), stream);
   };
-  clear(p.grad_weight, p.num_classes * p.dim);
-  clear(p.grad_bias, p.num_classes);
+  clear_grad(p.grad_weight, p.num_classes * p.dim);
+  clear_grad(p.grad_bias, p.num_classes);
   if (error != cudaSuccess || p.rows == 0 || !a.wants_classifier()) return error;
   return margin_backward(a, scratch, stream);
 }
@@ -125,12 +125,12 @@ cudaError_t discriminative_loss(const LossParams& p, void* scratch, cudaStream_t
   check_dtypes(p);
   if (p.n > INT32_MAX || p.num_classes >= INT32_MAX) return cudaErrorInvalidValue;
   if (p.n == 0) {
-    const cudaError_t error = cudaMemsetAsync(p.loss, 0, wide_size(p.input.dtype), stream);
-    return error == cudaSuccess ? cudaMemsetAsync(p.terms, 0, num_terms * wide_size(p.input.dtype), stream) : error;
+    const cudaError_t error = clear(p.loss, wide_size(p.input.dtype), stream);
+    return error == cudaSuccess ? clear(p.terms, num_terms * wide_size(p.input.dtype), stream) : error;
   }
   if (!p.input_noise) {  // the noisy view's pulls: nobody reads them, but results are to be the same in every run
     const size_t bytes = size_t(p.n) * wide_size(p.input.dtype);
-    const cudaError_t error = cudaMemsetAsync(static_cast<unsigned char*>(p.pull) + bytes, 0, bytes, stream);
+    const cudaError_t error = clear(static_cast<unsigned char*>(p.pull) + bytes, bytes, stream);
     if (error != cudaSuccess) return error;
   }
   if (small_fits(p.n, p.dim, p.num_classes, wide_size(p.input.dtype))) return small_loss(p, stream);

@@ -220,9 +220,9 @@ size_t class_pulls_scratch(const LossParams& p) { return step_scratch<StepMemory
 cudaError_t class_pulls(const LossParams& p, const void* centroid, const void* sample_share, void* pull_sum,
                         void* scratch, cudaStream_t stream) {
   return for_wide(p.input.dtype, [&]<class Wide>(Wide) {
-    cudaError_t error = cudaMemsetAsync(pull_sum, 0, size_t(p.num_classes * p.dim) * sizeof(Wide), stream);
-    if (error == cudaSuccess) error = cudaMemsetAsync(p.pull, 0, size_t(2 * p.n) * sizeof(Wide), stream);
-    if (error == cudaSuccess) error = cudaMemsetAsync(p.terms, 0, 2 * sizeof(Wide), stream);
+    cudaError_t error = clear(pull_sum, size_t(p.num_classes * p.dim) * sizeof(Wide), stream);
+    if (error == cudaSuccess) error = clear(p.pull, size_t(2 * p.n) * sizeof(Wide), stream);
+    if (error == cudaSuccess) error = clear(p.terms, 2 * sizeof(Wide), stream);
     if (error != cudaSuccess || p.n == 0) return error;
     Arena arena(scratch);
     StepMemory<Wide> m(p, arena);

@@ -25,6 +25,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream_t) {
-  if (bytes) std::memset(at, value, bytes);
+  if (bytes == 0) return cudaErrorInvalidValue;  // which CUDA may refuse in a stream that is captured
+  std::memset(at, value, bytes);
   return cudaSuccess;
 }

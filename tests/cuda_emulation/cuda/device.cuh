@@ -169,7 +169,7 @@ constexpr size_t most_shared_bytes = 96 * 1024;
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, unsigned block, size_t shared_bytes, cudaStream_t,
                    const Arguments&... arguments) {
-  if (shared_bytes > most_shared_bytes) return cudaErrorInvalidValue;
+  if (shared_bytes > most_shared_bytes || grid.x == 0 || grid.y > 65535) return cudaErrorInvalidValue;
   struct Call {
     void (*kernel)(Parameters...);
     std::tuple<Parameters...> arguments;
