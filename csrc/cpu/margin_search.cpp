@@ -54,7 +54,7 @@ F underflow(int64_t dim) {
 // What the search knows of a row and its class c.
 template <class F>
 struct Row {
-  int32_t c;             // OwnRows::index
+  int32_t row, c;        // c: OwnRows::index
   bool level;            // all its scores are 0
   Quantized<F> mu, own;  // of mu_c, W_c
   F above;               // what a pair's logit may be more than W_i . mu_c + b_i, beside what W_i adds
@@ -160,12 +160,12 @@ std::vector<Best<F> > look_at_all(const Search<T, F>& search) {
   return best;
 }
 
-using Classes = std::vector<int32_t>;
+using Indices = std::vector<int32_t>;  // of classes, or of rows
 
 // Where a group's rows of W are taken from, since only their differences count: the median of three of them, if it is
 // much nearer to these than 0. What all rows have in common would only be rounded.
 template <class T, class F>
-std::vector<F> origin_of(const Search<T, F>& search, const Classes& classes) {
+std::vector<F> origin_of(const Search<T, F>& search, const Indices& classes) {
   const int64_t dim = search.dim, size = classes.size();
   const T *const a = search.weight(classes[size / 4]), *const b = search.weight(classes[size / 2]),
                  *const c = search.weight(classes[size * 3 / 4]);
@@ -214,23 +214,23 @@ std::vector<std::vector<F> > centers_of_groups(const Search<T, F>& search) {
   return centers;
 }
 
-// The classes by the nearest of these centres.
-template <class T, class F>
-std::vector<Classes> groups_of_classes(const Search<T, F>& search) {
-  const std::vector<std::vector<F> > centers = centers_of_groups(search);
-  std::vector<int32_t> nearest(search.num_classes);
-  parallel_for(0, centers.size() > 1 ? search.num_classes : 0, 64, [&](int64_t from, int64_t to) {
-    for (int64_t c = from; c < to; ++c) {
+// By the nearest of these centres: `row(i, space)` for i < count, each in the list of its centre.
+template <class F, class GetRow>
+std::vector<Indices> by_center(const std::vector<std::vector<F> >& centers, int64_t count, const GetRow& row) {
+  std::vector<Indices> groups(centers.size());
+  std::vector<int32_t> nearest(count);
+  parallel_for(0, centers.size() > 1 ? count : 0, 64, [&](int64_t from, int64_t to) {
+    std::vector<F> space(centers[0].size());
+    for (int64_t i = from; i < to; ++i) {
       F least = std::numeric_limits<F>::infinity();
       for (size_t g = 0; g < centers.size(); ++g) {
-        const F square = square_distance(search.weight(c), centers[g].data(), search.dim);
-        if (square < least) nearest[c] = int32_t(g);
+        const F square = square_distance(row(i, space.data()), centers[g].data(), centers[g].size());
+        if (square < least) nearest[i] = int32_t(g);
         least = std::min(least, square);
       }
     }
   });
-  std::vector<Classes> groups(centers.size());
-  for (int64_t c = 0; c < search.num_classes; ++c) groups[nearest[c]].push_back(int32_t(c));
+  for (int64_t i = 0; i < count; ++i) groups[nearest[i]].push_back(int32_t(i));
   return groups;
 }
 
@@ -249,7 +249,7 @@ struct Panel {
 
   // `space` is for (columns, pairs).
   template <class T>
-  void pack(const Search<T, F>& search, const F* origin, const Classes& group, int64_t begin, Pair* space) {
+  void pack(const Search<T, F>& search, const F* origin, const Indices& group, int64_t begin, Pair* space) {
     const int64_t pairs = search.pairs();
     classes = group.data() + begin;
     size = int(std::min<int64_t>(columns, group.size() - begin));
@@ -307,18 +307,19 @@ RF_INLINE bool can_win(const Panel<F>& panel, const Row<F>& row, const Target<F>
 template <class T, class F>
 struct BoundedSearch {
   const Search<T, F>& search;
-  const Classes& classes;
+  const Indices &members, &classes;
   std::vector<F> zeros, origin;
   PackedRows mu, own;
   std::vector<Row<F> > rows;
 
-  BoundedSearch(const Search<T, F>& search, const Classes& classes)
+  BoundedSearch(const Search<T, F>& search, const Indices& members, const Indices& classes)
       : search(search),
+        members(members),
         classes(classes),
         zeros(search.dim),
         origin(origin_of(search, classes)),
-        mu(search.present, search.pairs()),
-        own(search.present, search.pairs()),
+        mu(members.size(), search.pairs()),
+        own(members.size(), search.pairs()),
         rows(mu.tiles * Tile::rows) {
     const bool level =
         std::all_of(search.biases.begin(), search.biases.end(), [&](F bias) { return bias == search.biases[0]; });
@@ -329,16 +330,17 @@ struct BoundedSearch {
     });
   }
 
-  int rows_of(int64_t tile) const { return int(std::min<int64_t>(Tile::rows, search.present - tile * Tile::rows)); }
+  int rows_of(int64_t tile) const { return int(std::min<int64_t>(Tile::rows, members.size() - tile * Tile::rows)); }
 
   // `q` is space for the whole numbers of a tile's mu_c and W_c, `space` for one row.
   void prepare(int64_t tile, bool level, Pair* q, F* space) {
     const int64_t first = tile * Tile::rows, dim = search.dim, pairs = search.pairs();
     Pair* const own_q = q + Tile::rows * pairs;
     for (int r = 0; r < Tile::rows; ++r) {
-      const int64_t row = std::min(first + r, search.present - 1);  // the last one fills the tile
+      const int32_t row = members[std::min<int64_t>(first + r, members.size() - 1)];  // the last one fills the tile
       const F *mu_c = search.mu(row), *w_c = search.own.weight(row, space), bias = search.own.bias(row);
       Row<F>& known = rows[first + r];
+      known.row = row;
       known.c = search.own.index(row);
       known.level = level && bias == search.bias(0) && std::all_of(mu_c, mu_c + dim, [](F x) { return x == F(0); });
       known.mu = quantize(mu_c, zeros.data(), dim, search.slack, search.tiny, q + r * pairs);
@@ -355,21 +357,21 @@ struct BoundedSearch {
   void look_in_panels(int64_t from, int64_t to, Best<F>* best) const;
   void look_in_tile(int64_t tile, const Panel<F>& panel, const int32_t* logits, const int32_t* products, F* space,
                     Best<F>* best, Twins& twins) const;
-  void look_at_highest(int64_t row, const std::vector<Panel<F> >& panels, const int32_t* logits, F* space,
+  void look_at_highest(const Row<F>& known, const std::vector<Panel<F> >& panels, const int32_t* logits, F* space,
                        Best<F>& best) const;
 };
 
 // Looks at the pair with the highest logit of a row; should that be the class itself, at the next one.
 template <class T, class F>
-void BoundedSearch<T, F>::look_at_highest(int64_t row, const std::vector<Panel<F> >& panels, const int32_t* logits,
-                                          F* space, Best<F>& best) const {
+void BoundedSearch<T, F>::look_at_highest(const Row<F>& known, const std::vector<Panel<F> >& panels,
+                                          const int32_t* logits, F* space, Best<F>& best) const {
   constexpr int columns = Tile::columns;
   F values[Tile::panels_of_group * columns];
   const int size = int(panels.size()) * columns;
   for (size_t p = 0; p < panels.size(); ++p) {
     const Panel<F>& panel = panels[p];
     for (int i = 0; i < columns; ++i) {
-      values[p * columns + i] = product_of(logits[p * Tile::size + i], panel.scale[i], rows[row].mu) + panel.bias[i];
+      values[p * columns + i] = product_of(logits[p * Tile::size + i], panel.scale[i], known.mu) + panel.bias[i];
     }
   }
   for (int k = 0; k < 3 && best.winner < 0; ++k) {
@@ -381,7 +383,7 @@ void BoundedSearch<T, F>::look_at_highest(int64_t row, const std::vector<Panel<F
     const int highest = int(std::find(values, values + size, most) - values);
     if (highest == size) return;
     const int32_t c = panels[highest / columns].class_of(highest % columns);
-    if (c != rows[row].c) search.look_at(row, search.own.weight(row, space), c, best);
+    if (c != known.c) search.look_at(known.row, search.own.weight(known.row, space), c, best);
     values[highest] = -std::numeric_limits<F>::infinity();
   }
 }
@@ -409,8 +411,8 @@ void BoundedSearch<T, F>::look_in_tile(int64_t tile, const Panel<F>& panel, cons
                                        const int32_t* products, F* space, Best<F>* best, Twins& twins) const {
   constexpr int columns = Tile::columns;
   for (int r = 0; r < rows_of(tile); ++r, logits += columns, products += columns) {
-    const int64_t row = tile * Tile::rows + r;
-    const Row<F>& known = rows[row];
+    const Row<F>& known = rows[tile * Tile::rows + r];
+    const int32_t row = known.row;
     Best<F>& found = best[row];
     const Target<F> target(found, search.slack, search.tiny);
     IntegerOf<F> possible[columns], count = 0;
@@ -454,8 +456,8 @@ void BoundedSearch<T, F>::look_in_panels(int64_t from, int64_t to, Best<F>* best
         const int64_t at = (t - tile) * panels.size() * Tile::size;
         // Without a good score to beat, most of the first pairs would seem possible.
         for (int r = 0; p == from && r < rows_of(t); ++r) {
-          const int64_t row = t * Tile::rows + r;
-          look_at_highest(row, panels, logits + at + r * Tile::columns, space.data(), best[row]);
+          const Row<F>& known = rows[t * Tile::rows + r];
+          look_at_highest(known, panels, logits + at + r * Tile::columns, space.data(), best[known.row]);
         }
         for (size_t k = 0; k < panels.size(); ++k) {
           const int64_t of_panel = at + k * Tile::size;
@@ -487,8 +489,19 @@ template <class T, class F>
 std::vector<Best<F> > Search<T, F>::run() const {
   if (present * num_classes <= 1024) return look_at_all(*this);
   std::vector<Best<F> > best(present, Best<F>::none());
-  for (const Classes& classes : groups_of_classes(*this)) {
-    if (!classes.empty()) BoundedSearch<T, F>(*this, classes).run(best);
+  const std::vector<std::vector<F> > centers = centers_of_groups(*this);
+  const std::vector<Indices> classes = by_center(centers, num_classes, [&](int64_t c, F*) { return weight(c); });
+  const std::vector<Indices> members =
+      by_center(centers, present, [&](int64_t row, F* space) { return own.weight(row, space); });
+  // At first in each row's own group, whose scores differ most: those with a far group hardly do.
+  for (const bool within : {true, false}) {
+    for (size_t g = 0; g < centers.size(); ++g) {
+      Indices looking;
+      for (size_t h = 0; h < centers.size(); ++h) {
+        if ((h == g) == within) looking.insert(looking.end(), members[h].begin(), members[h].end());
+      }
+      if (!looking.empty() && !classes[g].empty()) BoundedSearch<T, F>(*this, looking, classes[g]).run(best);
+    }
   }
   return best;
 }
