@@ -40,7 +40,7 @@ SCALING = {
     for size in grown
 }
 # (P, D, K) of random W, or of other ones: after training; with all that tells rows apart in the last columns; in two
-# far groups, each narrower than rounding tells apart, so that half of all pairs are looked at one by one
+# far groups, each narrower than rounding tells apart from one origin
 MARGIN = {
     "imagenet": (1000, 512, 1000),
     "imagenet-trained": (1000, 512, 1000),
