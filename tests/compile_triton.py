@@ -112,6 +112,8 @@ class Kernel:
 
     def __init__(self, kernel: JITFunction, args: tuple, options: dict) -> None:
         assert "enable_fp_fusion" in options, f"{kernel.__name__}: whether sums are fused is left to Triton's version"
+        nested = [part for arg in args if isinstance(arg, tuple) for part in arg if isinstance(part, tuple)]
+        assert not nested, f"{kernel.__name__}: Triton 3.6 loses constants of a tuple in a tuple in an else"
         self.binder = create_function_from_signature(kernel.signature, kernel.params, make_backend(TARGETS["sm_90"][0]))
         self.specialization = self.binder(*args, **options)[1]
         self.made.add(f"{kernel.__name__} {self.specialization}")

@@ -31,15 +31,17 @@ def unit_rows(tensor: Tensor) -> Tensor:
 
 
 class Classifier(NamedTuple):
-    """W and b, or rows of them."""
+    """W, a Matrix, and b, or rows of them. Of a tuple in a tuple Triton 3.6 loses constants in branches."""
 
-    weight: Matrix  # with unit stride along its rows
+    data: Any
+    row: Any
+    column: Any  # 1
     bias: Any  # contiguous, or None
 
 
 def classifier(weight: Tensor, bias: Tensor | None) -> Classifier:
     """Of a weight that went through `unit_rows`."""
-    return Classifier(Matrix(weight, *weight.stride()), None if bias is None else bias.contiguous())
+    return Classifier(weight, *weight.stride(), None if bias is None else bias.contiguous())
 
 
 @triton.jit

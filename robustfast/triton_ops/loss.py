@@ -59,7 +59,7 @@ def discriminative_loss(
 
     groups = group(target, results.slot, results.pull, results.classes, num_classes, ignore_index)
     f, g, state = matrix(input), matrix(input_noise), State(centroids, seen)
-    kind = kind_of(input, input_noise, *w.weight, w.bias, centroids, seen, groups.order.dtype, dim)
+    kind = kind_of(input, input_noise, *w, centroids, seen, groups.order.dtype, dim)
     row_terms = results.loss.new_empty((len(results.terms) - 1, rows))  # all but the variance
     finish = {"NORM": norm, "VIEWS": 1 if input_noise is None else 2, "UPDATE": update_state, "BLOCK": 256}
     family = processor(input.device).family
@@ -83,7 +83,7 @@ def discriminative_loss(
         NORM=norm, BLOCK_N=tile.block_n, BLOCK_D=tile.block_d, **tile.options,
     )  # fmt: skip
     mu, classes = results.tables[2], results.classes[0]
-    _, winner = margin_search(mu, None, None, w.weight.data, w.bias, classes, groups.counters)
+    _, winner = margin_search(mu, None, None, w.data, w.bias, classes, groups.counters)
     tile = row_tile(dim, wide.itemsize, family, 1, least_warps=4)
     launch(
         finish_kernel, (rows,), kind,

@@ -20,7 +20,7 @@ def margin(own, own_row, other, other_row, exists, mu, d, dim, delta_dist, beta_
     Rows of two classifiers: the class's own, and the winner's, any where none ``exists``. ``beta_share`` is beta / P.
     """
     WIDE: tl.constexpr = mu.dtype
-    normal = load_row(other.weight, other_row, d, dim, WIDE) - load_row(own.weight, own_row, d, dim, WIDE)
+    normal = load_row(other, other_row, d, dim, WIDE) - load_row(own, own_row, d, dim, WIDE)
     logit = tl.sum(normal * mu) + (load_bias(other.bias, other_row, WIDE) - load_bias(own.bias, own_row, WIDE))
     distance = distance_of(normal, 0)
     score = score_of(logit, distance)

@@ -122,7 +122,7 @@ def margin_search(
     )
     score, winner = mu.new_empty(rows), mu.new_empty(rows, dtype=torch.int32)
     candidates = Candidates(mu.new_empty((items, 2, tiles.block_c)), winner.new_empty((items, tiles.block_c)))
-    kind = kind_of(mu, *own.weight, own.bias, *w.weight, w.bias, classes, present, dim)
+    kind = kind_of(mu, *own, *w, classes, present, dim)
     row = row_tile(dim, wide.itemsize, family, 16)
     weight_programs = cdiv(columns, row.block_n)
     launch(
@@ -264,7 +264,7 @@ def prepare_kernel(
     d = tl.arange(0, BLOCK_D)
     if pid < weight_programs:
         k = pid * BLOCK_N + tl.arange(0, BLOCK_N)
-        w = load_rows(classifier.weight, k, k < num_classes, d, dim, WIDE)
+        w = load_rows(classifier, k, k < num_classes, d, dim, WIDE)
         offset = load_biases(classifier.bias, k, k < num_classes, WIDE)
         half_square = tl.where(k < num_classes, half_square_of(w, offset, 1), PADDING)
         offset = tl.where((k < num_classes) & ((offset < LOWEST) == 0), offset, LOWEST)
@@ -278,7 +278,7 @@ def prepare_kernel(
             mu_c = tl.load(mu + at, mask=d < dim, other=0)
             low = round_to(mu_c, operands.low.dtype.element_ty)
             tl.store(operands.low + at, low, mask=d < dim)
-            w = load_row(own.weight, own_row, d, dim, WIDE)
+            w = load_row(own, own_row, d, dim, WIDE)
             bias_c = load_bias(own.bias, own_row, WIDE)
             own_logit = tl.sum(low.to(WIDE) * w) + bias_c
             tl.store(operands.own_logit + row, own_logit)
@@ -331,14 +331,14 @@ def search_kernel(
     close = own_half_square * CLOSE + SMALLEST
     slack = tl.load(operands.slack + row) * SQRT2
     mu_rows = operands.low + row.to(tl.int64)[:, None] * dim
-    own_rows = own.weight.data + tl.maximum(own_row_of(classes, row, GIVEN), 0).to(tl.int64)[:, None] * own.weight.row
+    own_rows = own.data + tl.maximum(own_row_of(classes, row, GIVEN), 0).to(tl.int64)[:, None] * own.row
     best = tl.full((BLOCK_C,), NO_SCORE, WIDE)
     others = tl.full((BLOCK_C,), NO_SCORE, WIDE)
     best_code = tl.zeros((BLOCK_C,), tl.int32)
     place = tl.arange(0, BLOCK_K)
     for tile in tl.range(first_tile, last_tile, flatten=FLATTEN):
         k = tl.minimum(tile * BLOCK_K + place, num_classes - 1)
-        rows_k = classifier.weight.data + k.to(tl.int64)[None, :] * classifier.weight.row
+        rows_k = classifier.data + k.to(tl.int64)[None, :] * classifier.row
         # Each pair's logit difference, and -||W_i - W_c||^2 / 2: what the products are added to.
         at = tile * BLOCK_K + place
         logit = tl.load(operands.offset + at)[None, :] - own_logit[:, None]
@@ -447,12 +447,12 @@ def scan(
     Equal scores: the lowest class. A score of nan is the best, and ends the search.
     """
     WIDE: tl.constexpr = mu.dtype
-    w_c, bias_c = load_row(own.weight, own_row, d, dim, WIDE), load_bias(own.bias, own_row, WIDE)
+    w_c, bias_c = load_row(own, own_row, d, dim, WIDE), load_bias(own.bias, own_row, WIDE)
     k0 = begin
     while (k0 < end) & (best == best):
         k = k0 + tl.arange(0, BLOCK_N)
         valid = (k < end) & (k != place_c)
-        normal = load_rows(classifier.weight, k, valid, d, dim, WIDE) - w_c[None, :]
+        normal = load_rows(classifier, k, valid, d, dim, WIDE) - w_c[None, :]
         logit = tl.sum(normal * mu[None, :], axis=1) + (load_biases(classifier.bias, k, valid, WIDE) - bias_c)
         distance = distance_of(normal, 1)
         score = tl.where(valid & (distance != 0), score_of(logit, distance), NO_SCORE)

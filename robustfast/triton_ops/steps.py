@@ -92,7 +92,7 @@ def finish(
     present, row_terms = (counts > 0).sum(dtype=torch.int32), mu.new_empty((len(terms), rows))
     tile = row_tile(dim, mu.itemsize, processor(mu.device).family, 1, least_warps=4)
     launch(
-        finish_step_kernel, (rows,), kind_of(*given, *own.weight, own.bias, *other.weight, other.bias, dim),
+        finish_step_kernel, (rows,), kind_of(*given, *own, *other, dim),
         given, own, other, present, RowResults(*results), row_terms, rows, dim, delta_dist, beta, gamma,
         NORM=norm, BLOCK_D=tile.block_d, **tile.options,
     )  # fmt: skip
