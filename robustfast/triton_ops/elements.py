@@ -41,7 +41,8 @@ class Classifier(NamedTuple):
 
 def classifier(weight: Tensor, bias: Tensor | None) -> Classifier:
     """Of a weight that went through `unit_rows`."""
-    return Classifier(weight, *weight.stride(), None if bias is None else bias.contiguous())
+    row, column = weight.stride()
+    return Classifier(weight, row, column, None if bias is None else bias.contiguous())
 
 
 @triton.jit
