@@ -75,7 +75,7 @@ TILES = {
     ("unaligned", "tf32x3"): SearchTiles(64, 32, 16, 4, 2),
 }
 UNALIGNED = SearchTiles(64, 64, 32, 8, 2)
-DOUBLE = SearchTiles(32, 32, 16, 4, 2)
+DOUBLE = SearchTiles(32, 32, 16, 8, 2)
 
 
 def margin_search(
