@@ -146,15 +146,15 @@ def search(
     rows, present = rows_to_search(taken)
     count, size, rank = len(rows), collectives.size(group), collectives.rank(group)
     is_shared = Step.of(mu, count, len(weight), size).search_is_shared()
+    share = rows
     if is_shared:  # every so manieth row, as those that are taken come first
-        rows = rows[rank::size]
+        share = rows[rank::size]
         present = None if present is None else (present + size - 1 - rank) // size
-    _, winner = best_pairs(backend, rows, present, classes, mu, weight_c, bias_c, weight, bias)
+    _, winner = best_pairs(backend, share, present, classes, mu, weight_c, bias_c, weight, bias)
     if is_shared:
         most = -(-count // size)
         winner = collectives.all_gather(torch.nn.functional.pad(winner, (0, most - len(winner))), group)
         winner = winner.view(size, most).T.reshape(-1)[:count]
-        rows, _ = rows_to_search(taken)
     return torch.where(taken, winner.new_full((len(taken),), -1).index_copy_(0, rows, winner), -1)
 
 

@@ -22,6 +22,7 @@ from robustfast.evaluation.suites import SUITES
 from robustfast.evaluation.summary import right_share
 
 console = Console()
+TRAINING_SIGMA = 0.06  # of a model whose training nobody tells
 WAIT = 1800.0  # seconds: a rank that is done waits for the others' whole share
 
 
@@ -35,7 +36,8 @@ def evaluate(
     mean: Annotated[list[float] | None, typer.Option(help="its normalisation; repeat for each channel")] = None,
     pixel_std: Annotated[list[float] | None, typer.Option(help="its normalisation; repeat for each channel")] = None,
     training_sigma: Annotated[
-        float | None, typer.Option(help="of --model's training noise, scales the suite", show_default="0.06")
+        float | None,
+        typer.Option(help="of --model's training noise, scales the suite", show_default=str(TRAINING_SIGMA)),
     ] = None,
     data: Annotated[
         str | None, typer.Option(help="test images: digits, npz:FILE, images:DIR and others", show_default="the run's")
@@ -73,11 +75,8 @@ def evaluate(
             if bool(mean) != bool(pixel_std):
                 raise ValueError("--mean, --pixel-std: expected both or neither")
             normalization = (mean, pixel_std) if mean and pixel_std else None
-            subjects = [
-                runs.of_factory(
-                    model, weights, data, 0.06 if training_sigma is None else training_sigma, normalization, options
-                )
-            ]
+            noise = TRAINING_SIGMA if training_sigma is None else training_sigma
+            subjects = [runs.of_factory(model, weights, data, noise, normalization, options)]
             places = [out or Path(f"evaluation-{suite}")]
         else:
             subjects = [runs.of_run(folder, options) for folder in folders or []]
