@@ -29,7 +29,7 @@ def wide_dtype(input: Tensor) -> torch.dtype:
 def integer_labels(target: Tensor) -> Tensor:
     """Labels as the ops take them: those of other integer dtypes are widened."""
     if not isinstance(target, Tensor) or target.dtype in WIDENED_LABELS:
-        _dtype("target", target, (*LABELS, *WIDENED_LABELS))
+        of_dtype("target", target, (*LABELS, *WIDENED_LABELS))
         return target.long()
     if target.is_floating_point() or target.dim() == 2:
         raise TypeError(
@@ -49,7 +49,7 @@ def classifier(fc: Any, input: Tensor, num_classes: int, dim: int) -> tuple[Tens
     else:
         weight, bias = fc.weight, fc.bias
     if weight.shape != (num_classes, dim) or not isinstance(input, Tensor) or input.shape[1:] != (dim,):
-        _dtype("input", input, FLOATING)
+        of_dtype("input", input, FLOATING)
         if input.dim() == 2 and input.shape[1] != dim:
             raise ValueError(f"dim: the loss was made with dim={dim}, got input of {input.shape[1]} features")
         if weight.dim() == 2 and weight.shape[0] != num_classes:
@@ -91,7 +91,7 @@ def discriminative_loss(input, input_noise, target, weight, bias, centroids, see
     if not torch.compiler.is_compiling() and _fit(input, input_noise, target, weight, bias, centroids, seen, least):
         return target
     target = integer_labels(target)
-    _dtype("input", input, FLOATING)
+    of_dtype("input", input, FLOATING)
     if input.dim() != 2:
         raise ValueError(f"input: expected shape (N, D), got {tuple(input.shape)}")
     n, dim = input.shape
@@ -99,11 +99,11 @@ def discriminative_loss(input, input_noise, target, weight, bias, centroids, see
         _like("input_noise", input_noise, (input.dtype,), (n, dim), input)
     _like("target", target, LABELS, (n,), input)
     _whole("weight", weight)
-    _dtype("weight", weight, FLOATING)
+    of_dtype("weight", weight, FLOATING)
     if weight.dim() != 2 or weight.shape[0] < least:
         raise ValueError(f"weight: expected shape (K, D) with at least {least} classes, got {tuple(weight.shape)}")
     classes = weight.shape[0]
-    _shape("weight", weight, (classes, dim), input)
+    of_shape("weight", weight, (classes, dim), input)
     if bias is not None:
         _whole("bias", bias)
         _like("bias", bias, FLOATING, (classes,), input)
@@ -163,19 +163,19 @@ def _fit(input, input_noise, target, weight, bias, centroids, seen, least: int) 
 
 def linear_cross_entropy(input, weight, target, bias, label_smoothing) -> None:
     """Of a batch and the classifier, or the part of it that this rank has."""
-    _dtype("input", input, FLOATING)
+    of_dtype("input", input, FLOATING)
     if input.dim() != 2:
         raise ValueError(f"input: expected shape (N, D), got {tuple(input.shape)}")
-    _dtype("target", target, LABELS)
-    _shape("target", target, (input.shape[0],), input)
+    of_dtype("target", target, LABELS)
+    of_shape("target", target, (input.shape[0],), input)
     _whole("weight", weight)
-    _dtype("weight", weight, FLOATING)
+    of_dtype("weight", weight, FLOATING)
     if weight.dim() != 2:
         raise ValueError(f"weight: expected shape (K, D), got {tuple(weight.shape)}")
-    _shape("weight", weight, (weight.shape[0], input.shape[1]), input)
+    of_shape("weight", weight, (weight.shape[0], input.shape[1]), input)
     if bias is not None:
-        _dtype("bias", bias, FLOATING)
-        _shape("bias", bias, (weight.shape[0],), input)
+        of_dtype("bias", bias, FLOATING)
+        of_shape("bias", bias, (weight.shape[0],), input)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing: expected a number from 0 to 1, got {label_smoothing!r}")
 
@@ -257,14 +257,14 @@ def _whole(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name}: expected a plain tensor, got a DTensor (FSDP2, tensor parallel); {WAYS_TO_WHOLE}")
 
 
-def _dtype(name: str, tensor: Tensor, expected: tuple[torch.dtype, ...]) -> None:
+def of_dtype(name: str, tensor: Tensor, expected: tuple[torch.dtype, ...]) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in expected:
         raise TypeError(f"{name}: expected {' or '.join(map(str, expected))}, got {tensor.dtype}")
 
 
-def _shape(name: str, tensor: Tensor, expected: tuple[int, ...], like: Tensor) -> None:
+def of_shape(name: str, tensor: Tensor, expected: tuple[int, ...], like: Tensor) -> None:
     if tensor.shape != expected:
         raise ValueError(f"{name}: expected shape {tuple(expected)}, got {tuple(tensor.shape)}")
     if tensor.device != like.device:
@@ -276,5 +276,5 @@ def _like(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: tup
     if not (
         isinstance(tensor, Tensor) and tensor.dtype in dtypes and tensor.shape == shape and tensor.device == like.device
     ):
-        _dtype(name, tensor, dtypes)
-        _shape(name, tensor, shape, like)
+        of_dtype(name, tensor, dtypes)
+        of_shape(name, tensor, shape, like)

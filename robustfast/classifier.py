@@ -170,8 +170,10 @@ class RobustClassifier(nn.Module):
             model: Any = self.model
             return Pass(model.forward_head(model.forward_features(images), pre_logits=True), None)
         kept = _asked.kept = []  # type: ignore[var-annotated]
-        logits = self.model(images)
-        _asked.kept = None
+        try:
+            logits = self.model(images)
+        finally:
+            _asked.kept = None
         if not kept:
             raise ValueError(f"classifier: the model's forward does not call its {self.classifier_name}")
         return Pass(kept[-1], logits)
@@ -195,7 +197,7 @@ def _class_indices(labels: Tensor) -> Tensor:
     """int64, as F.cross_entropy takes them; probabilities (N, K), which it takes too, as they are."""
     if isinstance(labels, Tensor) and labels.is_floating_point() and labels.dim() == 2:
         return labels
-    checks._dtype("labels", labels, (*checks.LABELS, *checks.WIDENED_LABELS))
+    checks.of_dtype("labels", labels, (*checks.LABELS, *checks.WIDENED_LABELS))
     if labels.dim() != 1:
         raise ValueError(f"labels: expected shape (N,), got {tuple(labels.shape)}")
     return labels.long()

@@ -204,7 +204,7 @@ def uniform_noise(
 
 
 def _noise(distribution, name, input, scale, seed, sample_ids, draw, clip, generator, out, backend) -> Tensor:
-    checks._dtype("input", input, checks.FLOATING)
+    checks.of_dtype("input", input, checks.FLOATING)
     noise = check_noise(input, name, scale, seed, sample_ids, draw, clip, generator)
     warn_of_scale(name, scale, noise.high - noise.low)
     if out is not None:
@@ -259,7 +259,7 @@ def noisy_pair(
     Raises:
         TypeError, ValueError: as in :func:`gaussian_noise`.
     """
-    checks._dtype("images", images, (torch.uint8, *checks.FLOATING))
+    checks.of_dtype("images", images, (torch.uint8, *checks.FLOATING))
     if images.dim() != 4:
         raise ValueError(f"images: expected shape (N, C, H, W), got {tuple(images.shape)}")
     if dtype not in checks.FLOATING:

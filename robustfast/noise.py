@@ -68,7 +68,7 @@ def check_noise(
     draw, draws = check_draw(draw, input)
     if sample_ids is not None:
         sample_ids = integers("sample_ids", sample_ids, input)
-        checks._shape("sample_ids", sample_ids, (input.shape[0],), input)
+        checks.of_shape("sample_ids", sample_ids, (input.shape[0],), input)
         within("sample_ids", sample_ids, 0, 2**63 - 1)
     return Noise(scale, scales, check_seed(seed, generator, input.device), sample_ids, draw, draws, low, high)
 
@@ -88,7 +88,7 @@ def check_clip(clip: tuple[float, float] | None) -> tuple[float, float]:
 
 def check_scale(name: str, scale: float | Tensor, input: Tensor) -> tuple[float, Tensor | None]:
     if isinstance(scale, Tensor):
-        checks._dtype(name, scale, checks.FLOATING)
+        checks.of_dtype(name, scale, checks.FLOATING)
         one_or_each(name, scale, input)
         within(name, scale, 0, LARGEST_SCALE)
         return 0.0, scale.float()
@@ -125,7 +125,7 @@ def check_seed(seed: int | Tensor | None, generator: torch.Generator | None, dev
     if seed is None:
         return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device, generator=generator)
     if isinstance(seed, Tensor):
-        checks._dtype("seed", seed, (torch.int64,))
+        checks.of_dtype("seed", seed, (torch.int64,))
         if seed.dim() != 0 or seed.device != device:
             raise ValueError(f"seed: expected a 0-d tensor on {device}, got {tuple(seed.shape)} on {seed.device}")
         within("seed", seed, 0, 2**63 - 1)
@@ -143,7 +143,7 @@ def integers(name: str, values: Tensor | Sequence[int], input: Tensor) -> Tensor
             values = torch.as_tensor(values, device=input.device)
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(f"{name}: expected integers, got {type(values).__name__}") from None
-    checks._dtype(name, values, INTEGERS)
+    checks.of_dtype(name, values, INTEGERS)
     return values.long()
 
 
@@ -174,7 +174,7 @@ def check_channels(name: str, values: Tensor | Sequence[float], images: Tensor) 
         if not finite or (name == "pixel_std" and 0 in numbers):
             raise ValueError(f"{name}: expected finite numbers, of pixel_std other than 0, got {values!r}")
         values = _channels_on(numbers, images.device)
-    checks._shape(name, values, (images.shape[1],), images)
+    checks.of_shape(name, values, (images.shape[1],), images)
     return values.float()
 
 
@@ -198,8 +198,8 @@ def check_no_gradient(name: str, noise: Noise, backend: str) -> None:
 
 def check_out(name: str, out: Tensor, like: Tensor, dtype: torch.dtype, noise: Noise, *others: Tensor) -> None:
     """``out`` can take a result that looks like the input ``like``, and shares no memory with it or the others."""
-    checks._dtype(name, out, (dtype,))
-    checks._shape(name, out, like.shape, like)
+    checks.of_dtype(name, out, (dtype,))
+    checks.of_shape(name, out, like.shape, like)
     tensors = (out, like) if noise.scales is None else (out, like, noise.scales)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         raise RuntimeError(f"{name}: functions with out= give no gradient, but a tensor requires one: detach it")

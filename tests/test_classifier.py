@@ -284,6 +284,23 @@ def test_features_that_nobody_asks_for_are_not_kept(images):
     assert len(kept) == 1 and kept[0]() is None
 
 
+def test_a_model_that_fails_leaves_nothing_behind(images):
+    module = build("layer")
+    forward, features = module.model.forward, []
+    module.classifier.register_forward_pre_hook(lambda _, arguments: features.append(weakref.ref(arguments[0])))
+
+    def fail(images):
+        forward(images)
+        raise RuntimeError("out of memory")
+
+    module.model.forward = fail
+    with pytest.raises(RuntimeError, match="out of memory"):
+        module(images, LABELS)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        module.model(images.float())  # no step: its features are nobody's
+    assert [feature() for feature in features] == [None, None]
+
+
 def test_mistakes_are_named():
     model = Named(models.build("small", channels=3, inter_dim=6, num_classes=4, seed=2))
     with pytest.raises(ValueError, match=r"^classifier: name the layer .* one of classifier\.0, classifier\.1\.0$"):

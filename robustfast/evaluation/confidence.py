@@ -55,11 +55,11 @@ def calibration(logits: Tensor, labels: Tensor, *, bins: int = 15) -> Calibratio
     Raises:
         TypeError, ValueError: logits are not floating (N, K) and finite, or labels not integers (N,) in 0..K-1.
     """
-    checks._dtype("logits", logits, checks.FLOATING)
+    checks.of_dtype("logits", logits, checks.FLOATING)
     if logits.dim() != 2 or not bool(logits.isfinite().all()):
         raise ValueError(f"logits: expected finite numbers of shape (N, K), got {tuple(logits.shape)}")
-    checks._dtype("labels", labels, checks.LABELS)
-    checks._shape("labels", labels, (len(logits),), logits)
+    checks.of_dtype("labels", labels, checks.LABELS)
+    checks.of_shape("labels", labels, (len(logits),), logits)
     if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < logits.shape[1]):
         raise ValueError(
             f"labels: expected classes 0..{logits.shape[1] - 1}, got {int(labels.min())} to {int(labels.max())}"

@@ -91,7 +91,7 @@ def checked_images(images: Tensor, sample_ids: Tensor | None = None) -> Tensor:
     Raises:
         TypeError, ValueError: images are not a floating tensor (N, C, H, W) in [0, 1], or ids not int64 (N,) >= 0.
     """
-    checks._dtype("images", images, checks.FLOATING)
+    checks.of_dtype("images", images, checks.FLOATING)
     if images.dim() != 4:
         raise ValueError(f"images: expected shape (N, C, H, W), got {tuple(images.shape)}")
     if images.numel():
@@ -102,8 +102,8 @@ def checked_images(images: Tensor, sample_ids: Tensor | None = None) -> Tensor:
             )
     if sample_ids is None:
         return torch.arange(len(images), device=images.device)
-    checks._dtype("sample_ids", sample_ids, (torch.int64,))
-    checks._shape("sample_ids", sample_ids, (len(images),), images)
+    checks.of_dtype("sample_ids", sample_ids, (torch.int64,))
+    checks.of_shape("sample_ids", sample_ids, (len(images),), images)
     if len(images) and int(sample_ids.min()) < 0:
         raise ValueError(f"sample_ids: expected ids >= 0, got {int(sample_ids.min())}")
     return sample_ids
@@ -111,8 +111,8 @@ def checked_images(images: Tensor, sample_ids: Tensor | None = None) -> Tensor:
 
 def checked_labels(labels: Tensor, images: Tensor) -> None:
     """TypeError or ValueError where labels are not integers (N,) >= 0 on the images' device."""
-    checks._dtype("labels", labels, checks.LABELS)
-    checks._shape("labels", labels, (len(images),), images)
+    checks.of_dtype("labels", labels, checks.LABELS)
+    checks.of_shape("labels", labels, (len(images),), images)
     if len(labels) and int(labels.min()) < 0:
         raise ValueError(f"labels: expected classes from 0, got {int(labels.min())}")
 
