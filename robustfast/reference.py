@@ -65,8 +65,15 @@ def discriminative_loss(
 
 def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Autocast switched off; there is none on the meta device."""
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+    return torch.autocast(device.type, enabled=False) if _has_autocast(device.type) else nullcontext()
+
+
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
+# torch.compiler.assume_constant_result, see backends.resolve: the compiler of PyTorch 2.10 cannot trace the question.
+_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class Groups(NamedTuple):
