@@ -30,7 +30,7 @@ COSTS = {
 
 
 class Step(NamedTuple):
-    """Sizes of a step; a noisy view is taken to be there."""
+    """Sizes of a step; a noisy view is taken to be there. Methods only: PyTorch 2.10 compiles no tuple's properties."""
 
     ranks: int
     n: int  # of all ranks, each filled up to the largest batch
@@ -50,38 +50,35 @@ class Step(NamedTuple):
         """Two all-reduces of a table (K, D), the loss by its steps, and the search."""
         costs, table = self.costs, self.num_classes * self.dim * self.wide
         search = self._search()
-        return 2 * costs.collective + table * (4 * self._share * costs.sent + costs.table) + min(search)
+        return 2 * costs.collective + table * (4 * self._share() * costs.sent + costs.table) + min(search)
 
     def gather(self) -> float:
         """An all-gather of both views, the forward of all samples, and the search."""
         costs, features = self.costs, 2 * self.n * self.dim * self.element
         alone, shared = self._search()
-        exchanged = 2 * costs.collective + features * (self._share * costs.sent + costs.gathered)
-        return exchanged + min(alone, shared + self._steps)
+        exchanged = 2 * costs.collective + features * (self._share() * costs.sent + costs.gathered)
+        return exchanged + min(alone, shared + self._steps())
 
     def gather_shares(self) -> bool:
         """Whether the ranks share the search of gathered samples, for which the loss has to be made of its steps."""
         alone, shared = self._search()
-        return shared + self._steps < alone
+        return shared + self._steps() < alone
 
     def search_is_shared(self) -> bool:
         """Whether the ranks share the search of the classes of the batch."""
         alone, shared = self._search()
         return shared < alone
 
-    @property
     def _share(self) -> float:
         return (self.ranks - 1) / self.ranks
 
-    @property
     def _rows(self) -> int:  # R, the classes of the batch at most
         return min(self.n, self.num_classes)
 
-    @property
     def _steps(self) -> float:
-        return self._rows * self.dim * self.wide * self.costs.table
+        return self._rows() * self.dim * self.wide * self.costs.table
 
     def _search(self) -> tuple[float, float]:
         """Seconds of 4 R K D operations on each rank, and of a part of them with a collective of the winners."""
-        alone = 4 * self._rows * self.num_classes * self.dim * self.costs.searched
+        alone = 4 * self._rows() * self.num_classes * self.dim * self.costs.searched
         return alone, alone / self.ranks + self.costs.collective

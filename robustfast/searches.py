@@ -49,7 +49,7 @@ def is_apart(backend: str, input: Tensor, weight: Tensor) -> bool:
     if rates_of(backend, weight.dtype, weight.device) is None:
         return False  # without a look at the batch's size, for which a compiled graph would be made again
     (n, dim), wide = input.shape, checks.wide_dtype(input)
-    rows = torch.sym_min(n, weight.shape[0])
+    rows = min(n, weight.shape[0])
     steps = STEPS + rows * dim * wide.itemsize * COSTS["cuda"].table
     return search_of(backend, rows, weight, wide, steps) != backend
 

@@ -372,6 +372,7 @@ def test_a_scheduled_scale_takes_two_graphs(floor, noise, grad):
     assert graphs(step, [torch.rand(2) for _ in range(5)], grad=grad) == 1
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 12), reason="older Inductors compile again for each value of a float")
 def test_a_schedule_under_inductor():
     if "cpu" not in USABLE:
         pytest.skip("of the kernels")

@@ -75,7 +75,8 @@ def test_a_wrong_label_is_named(searched):
     assert not calls
 
 
-def test_compiled_for_batches_of_any_size(searched):
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_compiled_for_batches_of_any_size(dynamic, searched):
     backend, calls = searched
 
     def step(f, g, target, weight, bias, *state):
@@ -83,7 +84,7 @@ def test_compiled_for_batches_of_any_size(searched):
         return loss_and_terms(f, g, target, weight, bias, *state, settings, 2, True, -100, backend)[0]
 
     torch._dynamo.reset()
-    compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=True)
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     for n in (20, 33):
         results = []
         for loss in (step, compiled):
