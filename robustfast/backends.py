@@ -12,6 +12,7 @@ import torch
 
 from robustfast import extension
 from robustfast.ops import OPS, define
+from robustfast.reference import constant_when_compiled
 
 define("robustfast")
 extension.problem()  # imports the extension, which implements the ops
@@ -66,6 +67,7 @@ def has_code_for(architecture: str, capability: tuple[int, int]) -> bool:
     return capability >= compiled and (entry[4] is not None or capability[0] == compiled[0])
 
 
+@constant_when_compiled
 def resolve(backend: str, device_type: str, op: str) -> str:
     """The backend that runs ``op`` on tensors of this device type.
 
@@ -97,10 +99,6 @@ def _choice(backend: str, device_type: str) -> tuple[str, str | None]:
     if reason is None:
         ops(backend)
     return backend, reason
-
-
-# torch.compiler.assume_constant_result(resolve), which would import the compiler with the package: seconds.
-resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def home(backend: str) -> str:

@@ -7,11 +7,23 @@ those of :mod:`robustfast.functional`, which also checks them. Equations: arXiv 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def constant_when_compiled(function: Function) -> Function:
+    """torch.compiler.assume_constant_result, which would import the compiler with the package: seconds.
+
+    The compiler runs the function rather than trace it, and takes what it gives for a constant.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 class Settings(NamedTuple):
@@ -68,12 +80,9 @@ def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, enabled=False) if _has_autocast(device.type) else nullcontext()
 
 
+@constant_when_compiled  # PyTorch 2.10 cannot trace the question
 def _has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
-
-
-# torch.compiler.assume_constant_result, see backends.resolve: the compiler of PyTorch 2.10 cannot trace the question.
-_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class Groups(NamedTuple):
@@ -302,6 +311,7 @@ def _checkpointed() -> bool:
     return hooks is not None and hooks[0].__qualname__.startswith("_checkpoint_hook.")
 
 
+@constant_when_compiled
 def _traced_in_checkpoint() -> bool:
     """While torch.compile traces: whether this stands in a checkpoint that it compiles, or that is around it all."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
@@ -310,9 +320,6 @@ def _traced_in_checkpoint() -> bool:
     while tracer is not None and str(tracer.source_target) != "tag_activation_checkpoint":
         tracer = tracer.parent
     return tracer is not None or _checkpointed()
-
-
-_traced_in_checkpoint._dynamo_marked_constant = True  # type: ignore[attr-defined]  # run by the tracer, not traced
 
 
 def is_static(number: float) -> bool:

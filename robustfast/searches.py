@@ -14,6 +14,7 @@ from torch import Tensor
 from robustfast import checks
 from robustfast.backends import ops, why_not
 from robustfast.costs import COSTS
+from robustfast.reference import constant_when_compiled
 
 
 class Rates(NamedTuple):
@@ -54,6 +55,7 @@ def is_apart(backend: str, input: Tensor, weight: Tensor) -> bool:
     return search_of(backend, rows, weight, wide, steps) != backend
 
 
+@constant_when_compiled
 def rates_of(backend: str, weight_dtype: torch.dtype, device: torch.device) -> Rates | None:
     """The table's entry, if it has one and Triton is there, whose ops are loaded then."""
     if backend != "cuda" or why_not("triton") is not None:
@@ -62,7 +64,3 @@ def rates_of(backend: str, weight_dtype: torch.dtype, device: torch.device) -> R
     if rates is not None:
         ops("triton")
     return rates
-
-
-# torch.compiler.assume_constant_result, see backends.resolve.
-rates_of._dynamo_marked_constant = True  # type: ignore[attr-defined]

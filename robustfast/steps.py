@@ -204,8 +204,8 @@ def total(s: Any, squares: Tensor, of_rows: Tensor, views: int) -> tuple[Tensor,
     variance = compactness if views == 1 else (compactness + alignment) / 2
     loss = s.alpha * variance + s.beta * margin + s.gamma * regularization
     terms = torch.stack((variance, margin, regularization, compactness, alignment))
-    # A tensor of its own: compiled by PyTorch up to 2.11, a Function whose output has a second name has gradients of 0.
-    return loss.to(terms.dtype, copy=True), terms
+    # No second name for it: compiled by PyTorch up to 2.11, a Function whose output has two has gradients of 0.
+    return loss if loss.dtype == terms.dtype else loss.to(terms.dtype), terms
 
 
 def as_settings(settings: Sequence[float], scheduled: Tensor | None) -> Any:
