@@ -7,6 +7,8 @@
 #include <immintrin.h>
 #endif
 
+#include <span>
+
 #include "cpu/lines.h"
 #include "cpu/noise.h"
 //
@@ -46,13 +48,9 @@ namespace RF_ISA {
 constexpr int64_t granule = 32;  // quads made at a time: whole vectors on every instruction set, so that an
                                  // element's bits do not depend on where in a loop it stands
 constexpr int64_t line_elements = 4 * granule;  // of noise made at a time
-constexpr int64_t piece_elements = 1024;        // 4 KiB of noise, and a few times that of operands
+constexpr int64_t piece_elements = 512;         // 2 KiB of noise, and a few times that of operands
 constexpr int64_t tile_elements = 16384;        // a piece whose channels must be interleaved may be as large
 constexpr int64_t thread_elements = 16384;      // less is not worth waking a thread
-
-// A batch whose results leave the caches before anybody reads them. They are written past the caches then, except by
-// AVX-512, which stores whole lines, and those are not read first.
-constexpr int64_t streamed_elements = RF_VECTOR_BYTES == 32 ? int64_t(1) << 23 : std::numeric_limits<int64_t>::max();
 
 constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
@@ -63,77 +61,122 @@ constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / st
 typedef uint64_t Lanes __attribute__((vector_size(RF_VECTOR_BYTES)));
 constexpr int64_t lanes = RF_VECTOR_BYTES / 8;
 
-// `high` moves the high halves down. On x86 it is a shuffle, since shifts wait for the unit that multiplies.
+// `high` moves the high halves down, `both` has the low halves of `a` below those of `b`. On x86 they are shuffles,
+// since shifts wait for the unit that multiplies.
 #if !defined(__x86_64__)
 RF_INLINE Lanes multiply(Lanes a, Lanes b) { return (a & 0xffffffff) * b; }
 RF_INLINE Lanes high(Lanes a) { return a >> 32; }
+RF_INLINE Lanes both(Lanes a, Lanes b) { return (a & 0xffffffff) | b << 32; }
 #elif RF_VECTOR_BYTES == 64  // masked by ones: GCC 12 warns of its own header where there is no mask
 RF_INLINE Lanes multiply(Lanes a, Lanes b) { return Lanes(_mm512_maskz_mul_epu32(0xff, __m512i(a), __m512i(b))); }
 RF_INLINE Lanes high(Lanes a) { return Lanes(_mm512_maskz_shuffle_epi32(0xffff, __m512i(a), _MM_PERM_DDBB)); }
+RF_INLINE Lanes both(Lanes a, Lanes b) {
+  return Lanes(_mm512_mask_shuffle_epi32(__m512i(a), 0xaaaa, __m512i(b), _MM_PERM_CCAA));
+}
 #elif RF_VECTOR_BYTES == 32
 RF_INLINE Lanes multiply(Lanes a, Lanes b) { return Lanes(_mm256_mul_epu32(__m256i(a), __m256i(b))); }
 RF_INLINE Lanes high(Lanes a) { return Lanes(_mm256_shuffle_epi32(__m256i(a), 0xf5)); }
+RF_INLINE Lanes both(Lanes a, Lanes b) {
+  return Lanes(_mm256_blend_epi32(__m256i(a), _mm256_shuffle_epi32(__m256i(b), 0xa0), 0xaa));
+}
 #else
 RF_INLINE Lanes multiply(Lanes a, Lanes b) { return Lanes(_mm_mul_epu32(__m128i(a), __m128i(b))); }
 RF_INLINE Lanes high(Lanes a) { return Lanes(_mm_shuffle_epi32(__m128i(a), 0xf5)); }
+RF_INLINE Lanes both(Lanes a, Lanes b) { return (a & 0xffffffff) | b << 32; }
 #endif
 
-RF_INLINE Lanes same(uint32_t word) { return Lanes{} + word; }
+RF_INLINE Lanes same(uint64_t word) { return Lanes{} + word; }
 
 // Quads are made in `ways` vectors side by side: a round waits for its products, and other vectors fill the time.
 constexpr int64_t ways = RF_VECTOR_BYTES == 64 ? 4 : 2;  // what the registers hold
 
-// philox4x32 of common/philox.h.
-RF_INLINE void philox4x32(Lanes (&word)[4][ways], uint32_t key0, uint32_t key1) {
-  for (int round = 0; round < 10; ++round) {
-    Lanes product0[ways], product1[ways];
-    for (int64_t k = 0; k < ways; ++k) product0[k] = multiply(word[0][k], same(philox_multiplier0));
-    for (int64_t k = 0; k < ways; ++k) product1[k] = multiply(word[2][k], same(philox_multiplier1));
-    for (int64_t k = 0; k < ways; ++k) {
-      word[0][k] = high(product1[k]) ^ word[1][k] ^ same(key0);
-      word[1][k] = product1[k];
-      word[2][k] = high(product0[k]) ^ word[3][k] ^ same(key1);
-      word[3][k] = product0[k];
-    }
-    key0 += philox_weyl0;
-    key1 += philox_weyl1;
-  }
-}
+// The keys of Philox's rounds, as wide as the lanes: a vector of one is a load then.
+struct Keys {
+  uint64_t word[10][2];
 
-// The words of `granule` quads in the order of elements: w0 and w2 of each quad in `even`, w1 and w3 in `odd`.
+  explicit Keys(uint64_t seed) {
+    for (uint32_t round = 0; round < 10; ++round) {
+      word[round][0] = uint32_t(seed) + round * philox_weyl0;
+      word[round][1] = uint32_t(seed >> 32) + round * philox_weyl1;
+    }
+  }
+};
+
+// philox4x32 of common/philox.h: the words of `granule` quads in the order of elements, w0 and w2 of each quad in
+// `even`, w1 and w3 in `odd`.
 struct Granule {
   alignas(64) uint32_t even[2 * granule], odd[2 * granule];
 
-  Granule(uint64_t seed, uint64_t sample_id, uint32_t draw, int64_t quad) {
+  Granule(const Keys& keys, uint64_t sample_id, uint32_t draw, int64_t quad) {
+    // Of the first two rounds, what only the sample decides.
+    const uint64_t product1 = wide_product(sample_id >> 32, philox_multiplier1);
+    const uint32_t word0 = uint32_t(product1 >> 32) ^ uint32_t(sample_id) ^ uint32_t(keys.word[0][0]);
+    const uint64_t product0 = wide_product(word0, philox_multiplier0);
+    const Lanes added0 = same(draw ^ uint32_t(keys.word[0][1]));
+    const Lanes added1 = same(uint32_t(product1) ^ uint32_t(keys.word[1][0]));
+    const Lanes added2 = same(uint32_t(product0 >> 32) ^ uint32_t(keys.word[1][1])), word3 = same(uint32_t(product0));
     Lanes lane = {};
     for (int64_t i = 0; i < lanes; ++i) lane[i] = i;
     for (int64_t q = 0; q < granule; q += ways * lanes) {
       Lanes word[4][ways];
       for (int64_t k = 0; k < ways; ++k) {
-        word[0][k] = lane + same(quad + q + k * lanes);
-        word[1][k] = same(sample_id);
-        word[2][k] = same(sample_id >> 32);
-        word[3][k] = same(draw);
+        const Lanes first = multiply(lane + same(uint32_t(quad + q + k * lanes)), same(philox_multiplier0));
+        const Lanes second = multiply(high(first) ^ added0, same(philox_multiplier1));
+        word[0][k] = high(second) ^ added1;
+        word[1][k] = second;
+        word[2][k] = first ^ added2;
+        word[3][k] = word3;
       }
-      philox4x32(word, seed, seed >> 32);
+      for (int round = 2; round < 10; ++round) next(word, keys.word[round]);
       for (int64_t k = 0; k < ways; ++k) {
-        store(word[0][k], word[2][k], even + 2 * (q + k * lanes));
-        store(word[1][k], word[3][k], odd + 2 * (q + k * lanes));
+        store(both(word[0][k], word[2][k]), even + 2 * (q + k * lanes));
+        store(both(word[1][k], word[3][k]), odd + 2 * (q + k * lanes));
       }
     }
   }
 
-  static RF_INLINE void store(Lanes first, Lanes second, uint32_t* words) {
-    const Lanes both = (first & 0xffffffff) | second << 32;  // in memory `first` comes first: little endian
-    memcpy(words, &both, sizeof(both));
+  // A round.
+  static RF_INLINE void next(Lanes (&word)[4][ways], const uint64_t (&key)[2]) {
+    Lanes product0[ways], product1[ways];
+    for (int64_t k = 0; k < ways; ++k) product0[k] = multiply(word[0][k], same(philox_multiplier0));
+    for (int64_t k = 0; k < ways; ++k) product1[k] = multiply(word[2][k], same(philox_multiplier1));
+    for (int64_t k = 0; k < ways; ++k) {
+      word[0][k] = high(product1[k]) ^ word[1][k] ^ same(key[0]);
+      word[1][k] = product1[k];
+      word[2][k] = high(product0[k]) ^ word[3][k] ^ same(key[1]);
+      word[3][k] = product0[k];
+    }
+  }
+
+  static RF_INLINE void store(Lanes words, uint32_t* to) { memcpy(to, &words, sizeof(words)); }
+};
+
+// Where the results of neighbouring elements of a sample are written, from `first` on. Their lines are fetched while
+// the noise is made, which uses no memory: all at once they would be waited for.
+struct Ahead {
+  std::span<const Output> results;
+  int64_t sample, first;
+
+  Ahead from(int64_t element) const { return {results, sample, first + element}; }
+
+  // Those of a granule.
+  void fetch() const {
+    for (const Output& to : results) {
+      visit(to.dtype, [&](auto zero) {
+        const auto* result = to.template row<decltype(zero)>(sample) + first;
+        for (int64_t i = 0; i < line_elements; i += 64 / int64_t(sizeof(zero))) __builtin_prefetch(result + i, 1);
+      });
+    }
   }
 };
 
 // scale * noise of `quads` quads of a sample, and of more up to whole granules.
 template <Distribution distribution>
-void fill(uint64_t seed, const SampleNoise& sample, int64_t quad, int64_t quads, float* __restrict out) {
+void fill(const Keys& keys, const SampleNoise& sample, int64_t quad, int64_t quads, const Ahead& ahead,
+          float* __restrict out) {
   for (int64_t q = 0; q < quads; q += granule) {
-    const Granule words(seed, sample.sample_id, sample.draw, quad + q);
+    ahead.from(4 * q).fetch();
+    const Granule words(keys, sample.sample_id, sample.draw, quad + q);
     for (int64_t i = 0; i < 2 * granule; ++i) {
       const Pair pair = transform<distribution, Polynomials>(words.even[i], words.odd[i], sample.scale);
       out[4 * q + 2 * i] = pair.first;
@@ -143,10 +186,11 @@ void fill(uint64_t seed, const SampleNoise& sample, int64_t quad, int64_t quads,
 }
 
 void philox_words(const int64_t* seed, int64_t sample_id, int64_t draw, int64_t quads, int64_t* words) {
+  const Keys keys(*seed);
   parallel_for(0, round_up(quads, granule) / granule, thread_elements / granule,
                [=](int64_t from, int64_t to) RF_TARGET_LAMBDA {
                  for (int64_t quad = from * granule; quad < std::min(to * granule, quads); quad += granule) {
-                   const Granule made(*seed, sample_id, draw, quad);
+                   const Granule made(keys, sample_id, draw, quad);
                    const int64_t pairs = 2 * std::min(granule, quads - quad);
                    for (int64_t i = 0; i < pairs; ++i) {
                      words[4 * quad + 2 * i] = made.even[i];
@@ -165,7 +209,6 @@ struct Piece {
   int64_t sample, channel, first, count;  // channel: of the first element, and of all where they are not interleaved
   const float* noise;
   Wide* space[4];
-  bool streamed;  // whether results go past the caches
 };
 
 // How samples are cut into tiles of `channels` by `length` elements of each.
@@ -198,71 +241,52 @@ struct Cut {
 
 // Makes noise of one sample.
 struct Source {
-  void (*fill)(uint64_t seed, const SampleNoise& sample, int64_t quad, int64_t quads, float* out);
-  uint64_t seed;
+  void (*fill)(const Keys& keys, const SampleNoise& sample, int64_t quad, int64_t quads, const Ahead& ahead,
+               float* out);
+  const Keys& keys;
   SampleNoise sample;
 
   // Of `count` elements from `begin` on. Gives where in `space` they start.
-  const float* elements(int64_t begin, int64_t count, float* space) const {
+  const float* elements(int64_t begin, int64_t count, const Ahead& ahead, float* space) const {
     const int64_t skip = begin % 4;
-    fill(seed, sample, begin / 4, (skip + count + 3) / 4, space);
+    fill(keys, sample, begin / 4, (skip + count + 3) / 4, ahead, space);
     return space + skip;
   }
 };
 
 // The noise of a tile from `channel` and, in its plane, `first` on, in the order of memory.
 inline const float* fill_tile(const Source& source, const Samples& samples, const Cut& cut, int64_t channel,
-                              int64_t channels, int64_t first, int64_t count, float* space) {
+                              int64_t channels, int64_t first, int64_t count, const Ahead& ahead, float* space) {
   const int64_t begin = channel * samples.plane + first;
-  if (!samples.channels_last) return source.elements(begin, channels * count, space);
+  if (!samples.channels_last) return source.elements(begin, channels * count, ahead, space);
   float* const made = space + cut.space();
   if (cut.whole_planes) {  // which follow each other
-    const float* values = source.elements(begin, channels * count, made);
+    const float* values = source.elements(begin, channels * count, ahead, made);
     for (int64_t i = 0; i < count; ++i) {
       for (int64_t c = 0; c < channels; ++c) space[i * channels + c] = values[c * count + i];
     }
   } else {
     for (int64_t c = 0; c < channels; ++c) {
-      const float* values = source.elements(begin + c * samples.plane, count, made);
+      const float* values = source.elements(begin + c * samples.plane, count, ahead.from(c * count), made);
       for (int64_t i = 0; i < count; ++i) space[i * channels + c] = values[i];
     }
   }
   return space;
 }
 
-#if RF_VECTOR_BYTES == 32 && defined(__x86_64__)
-// Copies past the caches, where `to` is aligned for that.
-inline void stream(const void* from, int64_t bytes, void* to) {
-  const char* source = static_cast<const char*>(from);
-  char* target = static_cast<char*>(to);
-  int64_t at = 0;
-  if (reinterpret_cast<uintptr_t>(to) % 32 == 0) {
-    for (; at + 32 <= bytes; at += 32) {
-      const __m256i vector = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + at));
-      _mm256_stream_si256(reinterpret_cast<__m256i*>(target + at), vector);
-    }
-  }
-  memcpy(target + at, source + at, bytes - at);
-}
-inline void end_stream() { _mm_sfence(); }  // before another thread hears that the results are there
-#else
-inline void stream(const void* from, int64_t bytes, void* to) { memcpy(to, from, bytes); }
-inline void end_stream() {}
-#endif
-
-// Calls body(piece) for all pieces of the batch, in threads.
+// Calls body(piece), which writes the piece's elements of `results`, for all pieces of the batch, in threads.
 template <class Wide, class Body>
-void for_each_piece(const Noise& noise, const Samples& samples, const Body& body) {
+void for_each_piece(const Noise& noise, const Samples& samples, std::initializer_list<Output> results,
+                    const Body& body) {
   if (samples.count == 0) return;
   const Cut cut(samples);
   const auto fill_of = visit(noise.distribution, [](auto of) { return &fill<decltype(of)::value>; });
-  const uint64_t seed = *noise.seed;
+  const Keys keys(*noise.seed);
   const int64_t tiles = samples.count * cut.channel_tiles * cut.length_tiles;
   parallel_for(0, tiles, thread_elements / cut.elements() + 1, [&](int64_t from, int64_t to) {
     const auto numbers = lines<float>(2 * cut.space());
     const auto operands = lines<Wide>(4 * cut.space());
     Piece<Wide> piece;
-    piece.streamed = samples.count * samples.channels * samples.plane >= streamed_elements;
     for (int k = 0; k < 4; ++k) piece.space[k] = operands[0].values + k * cut.space();
     for (int64_t tile = from; tile < to; ++tile) {
       const int64_t row = tile / cut.length_tiles, first = tile % cut.length_tiles * cut.length;
@@ -270,21 +294,22 @@ void for_each_piece(const Noise& noise, const Samples& samples, const Body& body
       piece.channel = row % cut.channel_tiles * cut.channels;
       const int64_t channels = std::min(cut.channels, samples.channels - piece.channel);
       const int64_t length = std::min(cut.length, samples.plane - first);
-      const Source source = {fill_of, seed, of_sample(noise, piece.sample)};
-      piece.noise = fill_tile(source, samples, cut, piece.channel, channels, first, length, numbers[0].values);
       int64_t pieces = channels, channel_step = 1, step = samples.plane;  // planes
       piece.first = piece.channel * samples.plane + first;
       if (samples.channels_last) {  // pixels
         pieces = cut.whole_pixels ? 1 : length, channel_step = 0, step = samples.channels;
         piece.first = first * samples.channels + piece.channel;
       }
+      const bool neighbours = !samples.channels_last || cut.whole_pixels;  // in memory
+      const Ahead ahead = {neighbours ? results : std::span<const Output>(), piece.sample, piece.first};
+      const Source source = {fill_of, keys, of_sample(noise, piece.sample)};
+      piece.noise = fill_tile(source, samples, cut, piece.channel, channels, first, length, ahead, numbers[0].values);
       piece.count = channels * length / pieces;
       for (int64_t k = 0; k < pieces; ++k) {
         body(piece);
         piece.channel += channel_step, piece.first += step, piece.noise += piece.count;
       }
     }
-    if (piece.streamed) end_stream();
   });
 }
 
@@ -322,15 +347,12 @@ const Wide* load(const Piece<Wide>& piece, const Matrix& from, Wide* space) {
 // Where the piece's elements of an output are computed: in place, or in `space`, for `store`.
 template <class Wide>
 Wide* place(const Piece<Wide>& piece, const Output& to, Wide* space) {
-  return to.dtype == dtype_of<Wide> && !piece.streamed ? elements<Wide>(to, piece.sample, piece.first) : space;
+  return to.dtype == dtype_of<Wide> ? elements<Wide>(to, piece.sample, piece.first) : space;
 }
 
 template <class Wide>
 void store(const Piece<Wide>& piece, const Wide* values, const Output& to) {
-  if (to.dtype == dtype_of<Wide>) {
-    if (piece.streamed) stream(values, piece.count * sizeof(Wide), elements<Wide>(to, piece.sample, piece.first));
-    return;
-  }
+  if (to.dtype == dtype_of<Wide>) return;
   visit(to.dtype,
         [&](auto zero) { narrow(values, piece.count, elements<decltype(zero)>(to, piece.sample, piece.first)); });
 }
@@ -363,7 +385,7 @@ void add_backward(int64_t count, const float* __restrict noise, Clip<Wide> clip,
 
 template <class Wide>
 void add_noise_as(const Noise& noise, const Samples& samples, Matrix input, Output noisy) {
-  for_each_piece<Wide>(noise, samples, [&](const Piece<Wide>& piece) {
+  for_each_piece<Wide>(noise, samples, {noisy}, [&](const Piece<Wide>& piece) {
     const Wide* x = load(piece, input, piece.space[0]);
     Wide* sum = place(piece, noisy, piece.space[1]);
     add(piece.count, piece.noise, Clip<Wide>(noise), x, sum);
@@ -373,7 +395,7 @@ void add_noise_as(const Noise& noise, const Samples& samples, Matrix input, Outp
 
 template <class Wide>
 void add_noise_backward_as(const Noise& noise, const Samples& samples, Matrix grad, Matrix input, Output grad_input) {
-  for_each_piece<Wide>(noise, samples, [&](const Piece<Wide>& piece) {
+  for_each_piece<Wide>(noise, samples, {grad_input}, [&](const Piece<Wide>& piece) {
     const Wide *g = load(piece, grad, piece.space[0]), *x = load(piece, input, piece.space[1]);
     Wide* grad_x = place(piece, grad_input, piece.space[2]);
     add_backward(piece.count, piece.noise, Clip<Wide>(noise), g, x, grad_x);
@@ -431,7 +453,7 @@ void noisy_pair_as(const Noise& noise, const Samples& samples, Matrix images, co
   std::vector<Wide> shifts(samples.channels);
   for (int64_t c = 0; c < samples.channels; ++c) shifts[c] = -Wide(mean[c]) * scales[c];
   const std::vector<Wide> each_scale = interleave(scales, samples), each_shift = interleave(shifts, samples);
-  for_each_piece<Wide>(noise, samples, [&](const Piece<Wide>& piece) {
+  for_each_piece<Wide>(noise, samples, {clean, noisy}, [&](const Piece<Wide>& piece) {
     Wide *first = place(piece, clean, piece.space[1]), *second = place(piece, noisy, piece.space[2]);
     const auto run = [&](auto* x) {
       const auto run_with = [&](auto scale, auto shift) {
@@ -452,7 +474,7 @@ void noisy_pair_backward_as(const Noise& noise, const Samples& samples, Matrix g
                             Matrix images, const float* pixel_std, Output grad_images) {
   const std::vector<Wide> scales = reciprocals<Wide>(pixel_std, samples.channels);
   const std::vector<Wide> each_scale = interleave(scales, samples);
-  for_each_piece<Wide>(noise, samples, [&](const Piece<Wide>& piece) {
+  for_each_piece<Wide>(noise, samples, {grad_images}, [&](const Piece<Wide>& piece) {
     const Wide *first = load(piece, grad_clean, piece.space[0]), *second = load(piece, grad_noisy, piece.space[1]);
     const Wide* x = load(piece, images, piece.space[2]);
     Wide* grad_x = place(piece, grad_images, piece.space[3]);
