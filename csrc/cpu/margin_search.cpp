@@ -54,7 +54,7 @@ F underflow(int64_t dim) {
 // What the search knows of a row and its class c.
 template <class F>
 struct Row {
-  int32_t row, c;        // c: OwnRows::index
+  int32_t row = -1, c;   // row -1 fills a tile; c: OwnRows::index
   bool level;            // all its scores are 0
   Quantized<F> mu, own;  // of mu_c, W_c
   F above;               // what a pair's logit may be more than W_i . mu_c + b_i, beside what W_i adds
@@ -134,6 +134,18 @@ struct Search {
   const T* weight(int64_t i) const { return weights.template row<T>(i); }
   F bias(int64_t i) const { return biases.empty() ? F(0) : biases[i]; }
   const F* mu(int64_t row) const { return mus + row * dim; }
+
+  // Calls body(tile, q, space) for tiles of rows, in threads; `q` is for Tile::rows rows of whole numbers, `space` for
+  // one row.
+  template <class Body>
+  void for_tiles(int64_t tiles, const Body& body) const {
+    parallel_for(0, tiles, 1 + 4096 / std::max<int64_t>(1, dim), [&](int64_t from, int64_t to) {
+      const Lines<Pair> q = lines<Pair>(Tile::rows * pairs());
+      std::fill_n(q[0].values, Tile::rows * pairs(), Pair(0));
+      std::vector<F> space(dim);
+      for (int64_t tile = from; tile < to; ++tile) body(tile, q[0].values, space.data());
+    });
+  }
 
   // The pair's score, computed directly: what the rounding of the products hides, the difference of the rows shows.
   // Whether there is a boundary: not between equal rows.
@@ -303,54 +315,81 @@ RF_INLINE bool can_win(const Panel<F>& panel, const Row<F>& row, const Target<F>
                               error_of(norm, error, row.own));
 }
 
-// The search by bounds in one group of classes, with what it needs of each row, packed once for all panels.
-template <class T, class F>
-struct BoundedSearch {
-  const Search<T, F>& search;
-  const Indices &members, &classes;
-  std::vector<F> zeros, origin;
-  PackedRows mu, own;
-  std::vector<Row<F> > rows;
+// All rows, with mu_c packed, in tiles of rows whose classes are in one group.
+template <class F>
+struct PackedMus {
+  std::vector<int64_t> tile_of_group;  // the first one; and behind the last group
+  std::vector<Row<F> > rows;           // without what they are for a group of other classes
+  PackedRows packed;
 
-  BoundedSearch(const Search<T, F>& search, const Indices& members, const Indices& classes)
-      : search(search),
-        members(members),
-        classes(classes),
-        zeros(search.dim),
-        origin(origin_of(search, classes)),
-        mu(members.size(), search.pairs()),
-        own(members.size(), search.pairs()),
-        rows(mu.tiles * Tile::rows) {
-    const bool level =
-        std::all_of(search.biases.begin(), search.biases.end(), [&](F bias) { return bias == search.biases[0]; });
-    parallel_for(0, mu.tiles, 1 + 4096 / std::max<int64_t>(1, search.dim), [&](int64_t from, int64_t to) {
-      const Lines<Pair> q = lines<Pair>(2 * Tile::rows * search.pairs());
-      std::vector<F> space(search.dim);
-      for (int64_t tile = from; tile < to; ++tile) prepare(tile, level, q[0].values, space.data());
+  template <class T>
+  PackedMus(const Search<T, F>& search, const std::vector<Indices>& members)
+      : tile_of_group(tiles_of(members)),
+        rows(tile_of_group.back() * Tile::rows),
+        packed(tile_of_group.back() * Tile::rows, search.pairs()) {
+    for (size_t g = 0; g < members.size(); ++g) {
+      for (size_t m = 0; m < members[g].size(); ++m) rows[tile_of_group[g] * Tile::rows + m].row = members[g][m];
+    }
+    const std::vector<F>& biases = search.biases;
+    const bool level = std::all_of(biases.begin(), biases.end(), [&](F bias) { return bias == biases[0]; });
+    const std::vector<F> zeros(search.dim);
+    search.for_tiles(packed.tiles, [&](int64_t tile, Pair* q, F*) {
+      for (int64_t r = 0; r < Tile::rows; ++r) {
+        Row<F>& known = rows[tile * Tile::rows + r];
+        if (known.row < 0) continue;
+        const F *mu_c = search.mu(known.row), bias = search.own.bias(known.row);
+        known.c = search.own.index(known.row);
+        known.level =
+            level && bias == search.bias(0) && std::all_of(mu_c, mu_c + search.dim, [](F x) { return x == F(0); });
+        known.mu = quantize(mu_c, zeros.data(), search.dim, search.slack, search.tiny, q + r * search.pairs());
+        known.mu.error += search.slack * known.mu.norm;  // the rounding of the pair's logit
+      }
+      packed.pack(tile, q);
     });
   }
 
-  int rows_of(int64_t tile) const { return int(std::min<int64_t>(Tile::rows, members.size() - tile * Tile::rows)); }
+  static std::vector<int64_t> tiles_of(const std::vector<Indices>& members) {
+    std::vector<int64_t> first = {0};
+    for (const Indices& rows : members) first.push_back(first.back() + (rows.size() + Tile::rows - 1) / Tile::rows);
+    return first;
+  }
+};
 
-  // `q` is space for the whole numbers of a tile's mu_c and W_c, `space` for one row.
-  void prepare(int64_t tile, bool level, Pair* q, F* space) {
-    const int64_t first = tile * Tile::rows, dim = search.dim, pairs = search.pairs();
-    Pair* const own_q = q + Tile::rows * pairs;
-    for (int r = 0; r < Tile::rows; ++r) {
-      const int32_t row = members[std::min<int64_t>(first + r, members.size() - 1)];  // the last one fills the tile
-      const F *mu_c = search.mu(row), *w_c = search.own.weight(row, space), bias = search.own.bias(row);
-      Row<F>& known = rows[first + r];
-      known.row = row;
-      known.c = search.own.index(row);
-      known.level = level && bias == search.bias(0) && std::all_of(mu_c, mu_c + dim, [](F x) { return x == F(0); });
-      known.mu = quantize(mu_c, zeros.data(), dim, search.slack, search.tiny, q + r * pairs);
-      known.own = quantize(w_c, origin.data(), dim, search.slack, search.tiny, own_q + r * pairs);
-      known.above = search.slack * (known.mu.norm * known.own.norm + std::abs(bias)) + search.tiny -
-                    (dot(w_c, origin.data(), mu_c, dim) + bias);
-      known.mu.error += search.slack * known.mu.norm;  // the rounding of the pair's logit
-    }
-    mu.pack(tile, q);
-    own.pack(tile, own_q);
+// The search by bounds among one group of classes, for some neighbouring tiles of rows, the first ones after the last.
+template <class T, class F>
+struct BoundedSearch {
+  const Search<T, F>& search;
+  const PackedMus<F>& mus;
+  const Indices& classes;
+  int64_t first, tiles;  // of the rows
+  std::vector<F> origin;
+  PackedRows own;
+  std::vector<Row<F> > rows;
+
+  BoundedSearch(const Search<T, F>& search, const PackedMus<F>& mus, const Indices& classes, int64_t first,
+                int64_t tiles)
+      : search(search),
+        mus(mus),
+        classes(classes),
+        first(first),
+        tiles(tiles),
+        origin(origin_of(search, classes)),
+        own(tiles * Tile::rows, search.pairs()),
+        rows(tiles * Tile::rows) {
+    search.for_tiles(tiles, [&](int64_t tile, Pair* q, F* space) {
+      for (int64_t r = 0; r < Tile::rows; ++r) {
+        Row<F>& known = rows[tile * Tile::rows + r] = mus.rows[(first + tile) % mus.packed.tiles * Tile::rows + r];
+        if (known.row >= 0) prepare(known, q + r * search.pairs(), space);
+      }
+      own.pack(tile, q);
+    });
+  }
+
+  void prepare(Row<F>& known, Pair* q, F* space) {
+    const F *mu_c = search.mu(known.row), *w_c = search.own.weight(known.row, space), bias = search.own.bias(known.row);
+    known.own = quantize(w_c, origin.data(), search.dim, search.slack, search.tiny, q);
+    known.above = search.slack * (known.mu.norm * known.own.norm + std::abs(bias)) + search.tiny -
+                  (dot(w_c, origin.data(), mu_c, search.dim) + bias);
   }
 
   void run(std::vector<Best<F> >& best) const;
@@ -388,10 +427,10 @@ void BoundedSearch<T, F>::look_at_highest(const Row<F>& known, const std::vector
   }
 }
 
-// out(tile, panel, row, column) for tiles [tile, end_tile).
+// out(tile, panel, row, column) for tiles [tile, end_tile) of the rows, counted from `first` on.
 template <class F>
-void multiply_block(const PackedRows& rows, int64_t tile, int64_t end_tile, const std::vector<Panel<F> >& panels,
-                    int32_t* out) {
+void multiply_block(const PackedRows& rows, int64_t first, int64_t tile, int64_t end_tile,
+                    const std::vector<Panel<F> >& panels, int32_t* out) {
   constexpr int64_t share = Tile::depth * (Tile::columns / Tile::tiles_of_block);  // of what is ahead
   std::fill(out, out + (end_tile - tile) * panels.size() * Tile::size, 0);
   for (int64_t d = 0; d < rows.pairs; d += Tile::depth) {
@@ -399,7 +438,8 @@ void multiply_block(const PackedRows& rows, int64_t tile, int64_t end_tile, cons
     for (size_t p = 0; p < panels.size(); ++p) {
       const Pair* ahead = p + 1 < panels.size() ? panels[p + 1].at(d) : panels[0].at(d + depth);
       for (int64_t t = tile; t < end_tile; ++t, ahead += share) {
-        multiply(rows.slice(t, d), panels[p].at(d), depth, out + ((t - tile) * panels.size() + p) * Tile::size, ahead);
+        multiply(rows.slice((first + t) % rows.tiles, d), panels[p].at(d), depth,
+                 out + ((t - tile) * panels.size() + p) * Tile::size, ahead);
       }
     }
   }
@@ -410,9 +450,10 @@ template <class T, class F>
 void BoundedSearch<T, F>::look_in_tile(int64_t tile, const Panel<F>& panel, const int32_t* logits,
                                        const int32_t* products, F* space, Best<F>* best, Twins& twins) const {
   constexpr int columns = Tile::columns;
-  for (int r = 0; r < rows_of(tile); ++r, logits += columns, products += columns) {
+  for (int r = 0; r < Tile::rows; ++r, logits += columns, products += columns) {
     const Row<F>& known = rows[tile * Tile::rows + r];
     const int32_t row = known.row;
+    if (row < 0) break;
     Best<F>& found = best[row];
     const Target<F> target(found, search.slack, search.tiny);
     IntegerOf<F> possible[columns], count = 0;
@@ -448,15 +489,16 @@ void BoundedSearch<T, F>::look_in_panels(int64_t from, int64_t to, Best<F>* best
     panels.resize(std::min<int64_t>(Tile::panels_of_group, to - p));
     for (size_t k = 0; k < panels.size(); ++k)
       panels[k].pack(search, origin.data(), classes, (p + k) * Tile::columns, q[0].values);
-    for (int64_t tile = 0; tile < mu.tiles; tile += Tile::tiles_of_block) {
-      const int64_t end_tile = std::min<int64_t>(tile + Tile::tiles_of_block, mu.tiles);
-      multiply_block(mu, tile, end_tile, panels, logits);
-      multiply_block(own, tile, end_tile, panels, products);
+    for (int64_t tile = 0; tile < tiles; tile += Tile::tiles_of_block) {
+      const int64_t end_tile = std::min<int64_t>(tile + Tile::tiles_of_block, tiles);
+      multiply_block(mus.packed, first, tile, end_tile, panels, logits);
+      multiply_block(own, 0, tile, end_tile, panels, products);
       for (int64_t t = tile; t < end_tile; ++t) {
         const int64_t at = (t - tile) * panels.size() * Tile::size;
         // Without a good score to beat, most of the first pairs would seem possible.
-        for (int r = 0; p == from && r < rows_of(t); ++r) {
+        for (int r = 0; p == from && r < Tile::rows; ++r) {
           const Row<F>& known = rows[t * Tile::rows + r];
+          if (known.row < 0) break;
           look_at_highest(known, panels, logits + at + r * Tile::columns, space.data(), best[known.row]);
         }
         for (size_t k = 0; k < panels.size(); ++k) {
@@ -493,16 +535,14 @@ std::vector<Best<F> > Search<T, F>::run() const {
   const std::vector<Indices> classes = by_center(centers, num_classes, [&](int64_t c, F*) { return weight(c); });
   const std::vector<Indices> members =
       by_center(centers, present, [&](int64_t row, F* space) { return own.weight(row, space); });
+  const PackedMus<F> mus(*this, members);
+  const auto look = [&](const Indices& among, int64_t first, int64_t tiles) {
+    if (tiles > 0 && !among.empty()) BoundedSearch<T, F>(*this, mus, among, first, tiles).run(best);
+  };
   // At first in each row's own group, whose scores differ most: those with a far group hardly do.
-  for (const bool within : {true, false}) {
-    for (size_t g = 0; g < centers.size(); ++g) {
-      Indices looking;
-      for (size_t h = 0; h < centers.size(); ++h) {
-        if ((h == g) == within) looking.insert(looking.end(), members[h].begin(), members[h].end());
-      }
-      if (!looking.empty() && !classes[g].empty()) BoundedSearch<T, F>(*this, looking, classes[g]).run(best);
-    }
-  }
+  const std::vector<int64_t>& tile = mus.tile_of_group;
+  for (size_t g = 0; g < centers.size(); ++g) look(classes[g], tile[g], tile[g + 1] - tile[g]);
+  for (size_t g = 0; g < centers.size(); ++g) look(classes[g], tile[g + 1], tile.back() - (tile[g + 1] - tile[g]));
   return best;
 }
 
