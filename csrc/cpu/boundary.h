@@ -25,23 +25,15 @@ struct Boundary {
   F score, distance;
 };
 
-template <class F>
-struct BoundarySums {
-  F logit = 0, square = 0;  // (W_i - W_c) . mu_c, ||W_i - W_c||^2
-};
-
-// Of W_i and W_c times `scale`; not scaled, as they are.
+// (W_i - W_c) . mu_c and ||W_i - W_c||^2, of W_i and W_c times `scale`; not scaled, as they are.
 template <bool scaled, class T, class F>
-BoundarySums<F> boundary_sums(const T* w_i, const F* w_c, const F* mu, int64_t dim, F scale) {
-  F logit = 0, square = 0;
-#pragma omp simd reduction(+ : logit, square)
-  for (int64_t d = 0; d < dim; ++d) {
-    F difference = F(to_float(w_i[d])) - w_c[d];
+Sums<F> boundary_sums(const T* w_i, const F* w_c, const F* mu, int64_t dim, F scale) {
+  return sum_over<T, F>(dim, [&]<class Value>(int64_t d, Sums<Value>& sums) RF_TARGET_LAMBDA {
+    Value difference = load<Value>(w_i + d) - load<Value>(w_c + d);
     if constexpr (scaled) difference *= scale;
-    logit += difference * mu[d];
-    square += difference * difference;
-  }
-  return {logit, square};
+    sums.first += difference * load<Value>(mu + d);
+    sums.second += difference * difference;
+  });
 }
 
 // Squares left the range of F: all is scaled by a power of two.
@@ -56,21 +48,21 @@ Boundary<F> scaled_boundary(const T* w_i, const F* w_c, const F* mu, F bias_diff
   if (largest == F(0)) return {F(0), F(0)};
   constexpr int most = std::numeric_limits<F>::max_exponent - 2;  // so that the scale itself is a normal number
   const F scale = std::ldexp(F(1), std::clamp(-std::ilogb(largest), -most, most));
-  const BoundarySums<F> sums = boundary_sums<true>(w_i, w_c, mu, dim, scale);
-  const F distance = std::sqrt(sums.square);
-  return {(sums.logit + bias_difference * scale) / distance, distance / scale};
+  const auto [logit, square] = boundary_sums<true>(w_i, w_c, mu, dim, scale);
+  const F distance = std::sqrt(square);
+  return {(logit + bias_difference * scale) / distance, distance / scale};
 }
 
 template <class T, class F>
 Boundary<F> boundary(const T* w_i, const F* w_c, const F* mu, F bias_difference, int64_t dim) {
   using Limits = std::numeric_limits<F>;
-  const BoundarySums<F> sums = boundary_sums<false>(w_i, w_c, mu, dim, F(1));
+  const auto [logit, square] = boundary_sums<false>(w_i, w_c, mu, dim, F(1));
   // Smaller sums of squares have lost digits. nan is what it is.
-  if (sums.square <= F(dim) * (Limits::min() / Limits::epsilon()) || sums.square > Limits::max()) {
+  if (square <= F(dim) * (Limits::min() / Limits::epsilon()) || square > Limits::max()) {
     return scaled_boundary(w_i, w_c, mu, bias_difference, dim);
   }
-  const F distance = std::sqrt(sums.square);
-  return {(sums.logit + bias_difference) / distance, distance};
+  const F distance = std::sqrt(square);
+  return {(logit + bias_difference) / distance, distance};
 }
 
 }  // namespace RF_ISA

@@ -27,6 +27,8 @@ template void margin_backward(const LossBackward<double>&, const Output&, const 
 
 #else
 
+#include "cpu/sums.h"
+//
 #include "cpu/boundary.h"
 
 namespace robustfast {
@@ -34,9 +36,9 @@ namespace RF_ISA {
 
 template <int norm, class F>
 F length_of(const F* x, int64_t dim) {
-  F total = 0;
-#pragma omp simd reduction(+ : total)
-  for (int64_t d = 0; d < dim; ++d) total += norm_term<norm>(x[d]);
+  const F total = sum_over<F, F>(dim, [&]<class Value>(int64_t d, Sums<Value>& sums) RF_TARGET_LAMBDA {
+                    sums.first += norm_terms<norm>(load<Value>(x + d));
+                  }).first;
   return norm == 1 ? total : std::sqrt(total);
 }
 

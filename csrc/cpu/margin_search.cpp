@@ -30,6 +30,8 @@ template void margin_search(const double*, const ClassifierRows&, const Matrix&,
 
 #else
 
+#include "cpu/sums.h"
+//
 #include "cpu/boundary.h"
 #include "cpu/tiles.h"
 
@@ -39,10 +41,11 @@ namespace RF_ISA {
 // (x - origin) . y
 template <class F>
 F dot(const F* x, const F* origin, const F* y, int64_t dim) {
-  F sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t d = 0; d < dim; ++d) sum += (x[d] - origin[d]) * y[d];
-  return sum;
+  return sum_over<F, F>(dim,
+                        [&]<class Value>(int64_t d, Sums<Value>& sums) RF_TARGET_LAMBDA {
+                          sums.first += (load<Value>(x + d) - load<Value>(origin + d)) * load<Value>(y + d);
+                        })
+      .first;
 }
 
 // How far off the sums of products in a bound may be where products are too small for F.

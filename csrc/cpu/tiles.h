@@ -80,13 +80,12 @@ inline void multiply(const Pair* left, const Pair* panel, int64_t depth, int32_t
 
 template <class F, class T>
 F square_distance(const T* x, const F* origin, int64_t dim) {
-  F square = 0;
-#pragma omp simd reduction(+ : square)
-  for (int64_t d = 0; d < dim; ++d) {
-    const F value = F(to_float(x[d])) - origin[d];
-    square += value * value;
-  }
-  return square;
+  return sum_over<T, F>(dim,
+                        [&]<class Value>(int64_t d, Sums<Value>& sums) RF_TARGET_LAMBDA {
+                          const Value value = load<Value>(x + d) - load<Value>(origin + d);
+                          sums.first += value * value;
+                        })
+      .first;
 }
 
 // What stands in the products for a row x, taken from an origin: x = scale * q + e with whole numbers q.

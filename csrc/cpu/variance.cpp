@@ -42,6 +42,8 @@ template void variance_backward(const LossBackward<double>&, int, void*);
 
 #else
 
+#include "cpu/sums.h"
+
 namespace robustfast {
 namespace RF_ISA {
 
@@ -62,9 +64,9 @@ void add_row(const T* x, int64_t dim, Wide* sum) {
 
 template <int norm, class T, class Wide>
 Wide length_of(const T* x, const Wide* centroid, int64_t dim) {
-  Wide total = 0;
-#pragma omp simd reduction(+ : total)
-  for (int64_t d = 0; d < dim; ++d) total += norm_term<norm>(Wide(to_float(x[d])) - centroid[d]);
+  const Wide total = sum_over<T, Wide>(dim, [&]<class Value>(int64_t d, Sums<Value>& sums) RF_TARGET_LAMBDA {
+                       sums.first += norm_terms<norm>(load<Value>(x + d) - load<Value>(centroid + d));
+                     }).first;
   return norm == 1 ? total : std::sqrt(total);
 }
 
@@ -118,9 +120,10 @@ struct CentroidPhase : SumPhase<T, Wide> {
     to.tau[row] = momentum_tau(seen, momentum);
 
     if (!to.update_state) return;
-    Wide poison = 0;  // becomes nan where a value is not finite
-#pragma omp simd reduction(+ : poison)
-    for (int64_t d = 0; d < dim; ++d) poison += centroid[d] * Wide(0);
+    // Becomes nan where a value is not finite.
+    const Wide poison = sum_over<Wide, Wide>(dim, [&]<class Value>(int64_t d, Sums<Value>& sums) RF_TARGET_LAMBDA {
+                          sums.first += load<Value>(centroid + d) * Wide(0);
+                        }).first;
     if (poison != 0) return;
     std::copy(centroid, centroid + dim, previous);
     to.seen[to.classes[row]] = true;
