@@ -1,5 +1,5 @@
 // The boundary between two classes and what it is made of, for the kernels of the margin. No include guard: each of
-// them includes this once for each instruction set.
+// them includes this once for each instruction set, after cpu/sums.h.
 
 namespace robustfast {
 namespace RF_ISA {

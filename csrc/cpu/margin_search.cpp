@@ -38,16 +38,6 @@ template void margin_search(const double*, const ClassifierRows&, const Matrix&,
 namespace robustfast {
 namespace RF_ISA {
 
-// (x - origin) . y
-template <class F>
-F dot(const F* x, const F* origin, const F* y, int64_t dim) {
-  return sum_over<F, F>(dim,
-                        [&]<class Value>(int64_t d, Sums<Value>& sums) RF_TARGET_LAMBDA {
-                          sums.first += (load<Value>(x + d) - load<Value>(origin + d)) * load<Value>(y + d);
-                        })
-      .first;
-}
-
 // How far off the sums of products in a bound may be where products are too small for F.
 template <class F>
 F underflow(int64_t dim) {
@@ -391,8 +381,8 @@ struct BoundedSearch {
   void prepare(Row<F>& known, Pair* q, F* space) {
     const F *mu_c = search.mu(known.row), *w_c = search.own.weight(known.row, space), bias = search.own.bias(known.row);
     known.own = quantize(w_c, origin.data(), search.dim, search.slack, search.tiny, q);
-    known.above = search.slack * (known.mu.norm * known.own.norm + std::abs(bias)) + search.tiny -
-                  (dot(w_c, origin.data(), mu_c, search.dim) + bias);
+    const F logit = boundary_sums<false>(w_c, origin.data(), mu_c, search.dim, F(1)).first;
+    known.above = search.slack * (known.mu.norm * known.own.norm + std::abs(bias)) + search.tiny - (logit + bias);
   }
 
   void run(std::vector<Best<F> >& best) const;

@@ -35,7 +35,7 @@ RF_INLINE F sum_of_lanes(const Vector& vector) {
   }
 }
 
-// norm_term of common/loss.h, of numbers and of vectors.
+// norm_term of common/loss.h, of numbers and of vectors, which no function outside of an instruction set can return.
 template <int norm, class Value>
 RF_INLINE Value norm_terms(Value residual) {
   return norm == 1 ? (residual < Value{} ? -residual : residual) : residual * residual;

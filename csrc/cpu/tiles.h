@@ -1,5 +1,5 @@
 // Products of many rows with many rows, in whole numbers of 16 bits, in tiles whose sums the registers hold. No include
-// guard: kernels include this once for each instruction set.
+// guard: kernels include this once for each instruction set, after cpu/sums.h.
 
 namespace robustfast {
 namespace RF_ISA {
